@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STYLES', 'style', 'scores_figure', 'differences_figure', 'curves_figure', 'loss_figure', 'cknna_figure']
 
-# %% ../nbs/lib/80_plots.ipynb #3274b31a
+# %% ../nbs/lib/80_plots.ipynb #15afd0f3
 import math
+import textwrap
 from html import escape
 from zlib import crc32
 
@@ -41,16 +42,22 @@ def style(
     symbols = ("pentagon", "bowtie", "hourglass", "star-square", "diamond-tall", "hexagon")
     return STYLES.get(arm, (arm.replace("_", " "), "#7F7F7F", symbols[crc32(arm.encode()) % len(symbols)], "longdashdot"))
 
-# %% ../nbs/lib/80_plots.ipynb #645922d4
+# %% ../nbs/lib/80_plots.ipynb #c48372b1
+def _safe(text: str) -> str:
+    "A text from data, escaped for a figure: plotly reads tags in it (and does not know &quot;)."
+    return escape(str(text), quote=False)
+
+# %% ../nbs/lib/80_plots.ipynb #037f1400
 def _figure(title: str, subtitle: str, height: int = 460):
     "An empty plotly figure in the house style."
     import plotly.graph_objects as go
 
     figure = go.Figure()
     figure.update_layout(
-        title={"text": f"{title}<br><span style='font-size:13px;color:#555'>{subtitle}</span>", "x": 0, "xref": "paper", "font_size": 18},
-        template="simple_white", font={"family": "system-ui, Segoe UI, Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
-        height=height, margin={"l": 70, "r": 20, "t": 75, "b": 80}, hovermode="closest",
+        title={"text": f"{title}<br><span style='font-size:13px;color:#555'>{subtitle}</span>",
+               "x": 0, "xref": "paper", "font_size": 18},
+        font={"family": "system-ui, Segoe UI, Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
+        template="simple_white", height=height, margin={"l": 70, "r": 20, "t": 75, "b": 80}, hovermode="closest",
         legend={"orientation": "h", "x": 0, "y": -0.21, "yanchor": "top", "font_size": 14},
     )
     return figure
@@ -63,44 +70,56 @@ def _finish(figure, across: str, up: list[str], **up_options):
         axis.update(title={"text": text, "font_size": 14, "standoff": 8}, showgrid=True, gridcolor="#e6e6e6", **up_options)
     return figure
 
-# %% ../nbs/lib/80_plots.ipynb #6ff4be63
+# %% ../nbs/lib/80_plots.ipynb #5f3ae46b
 def _rows(table: pd.DataFrame, arm: str, name: str) -> pd.DataFrame:
     "The rows of one arm; raises InputError when there are none."
     rows = table[table.arm == arm]
     if not len(rows):
-        raise InputError(f"no rows of arm '{arm}' in table '{name}'", f"one of {list(table.arm.unique())}", "run this arm, or leave it out of arms")
+        raise InputError(
+            f"no rows of arm '{arm}' in table '{name}'",
+            f"one of {list(table.arm.unique())}",
+            "run this arm, or leave it out of arms",
+        )
     return rows
 
-# %% ../nbs/lib/80_plots.ipynb #51b0b54e
+# %% ../nbs/lib/80_plots.ipynb #2e82a600
+def _wrapped(name: str) -> str:
+    "A name from data for a tick: escaped, broken into lines of about 14 letters."
+    return "<br>".join(_safe(line) for line in textwrap.wrap(str(name), 14))
+
+# %% ../nbs/lib/80_plots.ipynb #a3deed80
 def _add_dodged(figure, table: pd.DataFrame, arms: list[str], categories: list[str], unit: str) -> tuple[float, float]:
-    "Mean with 95 % t-interval and faint single seeds (columns arm, category, value) side by side; returns the range of all of it."
+    "Mean, 95 % t-interval and faint seeds (columns arm, category, value), arms side by side; returns the range drawn."
     ends = [*table.value]
     for position, arm in enumerate(arms):
         label, colour, symbol, _ = style(arm)
         shift = (position - (len(arms) - 1) / 2) * min(0.2, 0.84 / len(arms))
         rows = table[table.arm == arm]
         statistics = [interval(rows.value[rows.category == category]) for category in categories]
+        halves = [None if math.isnan(high) else round(high - mean, 2) for mean, _, high in statistics]
         ends += [end for _, low, high in statistics for end in (low, high) if not math.isnan(end)]
         figure.add_scatter(
-            x=[categories.index(category) + shift + 0.06 for category in rows.category], y=rows.value.round(2).tolist(), mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 5, "opacity": 0.4}, showlegend=False, legendgroup=arm, hoverinfo="skip",
+            x=[categories.index(category) + shift + 0.06 for category in rows.category], y=rows.value.round(2).tolist(),
+            mode="markers", marker={"color": colour, "symbol": symbol, "size": 5, "opacity": 0.4},
+            showlegend=False, legendgroup=arm, hoverinfo="skip",
         )
         figure.add_scatter(
             x=[column + shift for column in range(len(categories))], y=[round(mean, 2) for mean, _, _ in statistics],
-            error_y={"array": [None if math.isnan(high) else round(high - mean, 2) for mean, _, high in statistics], "thickness": 1.6, "width": 4},
-            mode="markers", marker={"color": colour, "symbol": symbol, "size": 10}, name=escape(label), legendgroup=arm,
-            hovertemplate="%{y:.1f} " + unit + "<extra>" + escape(label) + "</extra>",
+            error_y={"array": halves, "thickness": 1.6, "width": 4}, mode="markers",
+            marker={"color": colour, "symbol": symbol, "size": 10}, name=_safe(label), legendgroup=arm,
+            hovertemplate="%{y:.1f} " + unit + "<extra>" + _safe(label) + "</extra>",
         )
-    figure.update_xaxes(tickvals=list(range(len(categories))), ticktext=[f"<b>{name}</b>" if name == "mean" else escape(name) for name in categories],
-                        range=[-0.5, len(categories) - 0.5])
+    names = [f"<b>{name}</b>" if name == "mean" else _wrapped(name) for name in categories]
+    figure.update_xaxes(tickvals=list(range(len(categories))), ticktext=names, tickangle=0, range=[-0.5, len(categories) - 0.5])
+    figure.update_layout(height=figure.layout.height + 28 * (len(arms) // 5))
     return min(ends), max(ends)
 
-# %% ../nbs/lib/80_plots.ipynb #7ecf98f3
+# %% ../nbs/lib/80_plots.ipynb #07b85a40
 def scores_figure(
     scores: pd.DataFrame,  # columns seed, arm, category, accuracy (0-1); rows of "blind" and "majority" become lines
     arms: list[str],  # the arms to draw, in order
 ):
-    "Accuracy in percent by question type and their mean, one symbol per arm, as a plotly figure; raises InputError for an arm without rows."
+    "Accuracy in percent by question type and their mean, as a plotly figure; raises InputError for an arm without rows."
     require_columns(scores, ("seed", "arm", "category", "accuracy"), "scores")
     for arm in arms:
         _rows(scores, arm, "scores")
@@ -109,7 +128,8 @@ def scores_figure(
     categories = list(table.category.unique())
     drawn = table[table.arm.isin(arms)]
     seeds = drawn.seed.nunique()
-    figure = _figure("Accuracy by question type", f"mean of {seeds} seed{'s' * (seeds > 1)}; bars: 95 % t-interval over seeds; small symbols: single seeds")
+    subtitle = f"mean of {seeds} seed{'s' * (seeds > 1)}; bars: 95 % t-interval over seeds; small symbols: single seeds"
+    figure = _figure("Accuracy by question type", subtitle)
     low, high = _add_dodged(figure, drawn, arms, categories, "%")
     for arm in ("blind", "majority"):
         rows = table[table.arm == arm]
@@ -120,12 +140,12 @@ def scores_figure(
             figure.add_scatter(
                 x=[place for column in range(len(categories)) for place in (column - 0.42, column + 0.42, None)],
                 y=[height for mean in means for height in (round(mean, 2), round(mean, 2), None)],
-                mode="lines", line={"color": colour, "dash": dash, "width": 2}, name=escape(label), hovertemplate="%{y:.1f} %",
+                mode="lines", line={"color": colour, "dash": dash, "width": 2}, name=_safe(label), hovertemplate="%{y:.1f} %",
             )
     figure.add_vline(x=len(categories) - 1.5, line={"color": "#bbb", "width": 1}, opacity=1)
     return _finish(figure, "question type", ["accuracy (%)"], range=[max(0, low - 4), min(100, high + 4)])
 
-# %% ../nbs/lib/80_plots.ipynb #b132f929
+# %% ../nbs/lib/80_plots.ipynb #29b013fa
 def differences_figure(
     scores: pd.DataFrame,  # columns seed, arm, category, accuracy (0-1)
     arms: list[str],  # the arms to draw; the baseline is skipped
@@ -138,42 +158,45 @@ def differences_figure(
     table = pd.concat([paired(scores, arm, baseline).assign(arm=arm) for arm in arms])
     table = table.assign(value=100 * table.difference)
     categories = [*table.category[table.category != "mean"].unique(), "mean"]
-    name = escape(style(baseline)[0])
-    figure = _figure(f"Gain over {name}", "difference within each seed; bars: 95 % t-interval over seeds; small symbols: single seeds")
+    name = _safe(style(baseline)[0])
+    subtitle = "difference within each seed; bars: 95 % t-interval over seeds; small symbols: single seeds"
+    figure = _figure(f"Gain over {name}", subtitle)
     low, high = _add_dodged(figure, table, arms, categories, "points")
     figure.add_hline(y=0, line={"color": "#444", "width": 1.5}, opacity=1)
     figure.add_vline(x=len(categories) - 1.5, line={"color": "#bbb", "width": 1}, opacity=1)
-    return _finish(figure, "question type", [f"difference to {name}<br>(percentage points)"], range=[min(low, 0) - 1, max(high, 0) + 1])
+    up = [f"difference to {name}<br>(percentage points)"]
+    return _finish(figure, "question type", up, range=[min(low, 0) - 1, max(high, 0) + 1])
 
-# %% ../nbs/lib/80_plots.ipynb #d56cf5e5
+# %% ../nbs/lib/80_plots.ipynb #e5e6c694
 def _add_lines(figure, table: pd.DataFrame, arms: list[str], axis: str, legend: bool, column: int | None = None) -> None:
-    "Mean line with symbols, band from lowest to highest seed and faint single seeds (columns seed, arm, value and `axis`) for each arm that has rows."
+    "Mean line, band and faint single seeds (columns seed, arm, value and `axis`) for each arm that has rows."
     place = {} if column is None else {"row": 1, "col": column}
     for arm in [arm for arm in arms if (table.arm == arm).any()]:
         label, colour, symbol, dash = style(arm)
         rows = table[table.arm == arm].sort_values(axis)
+        quiet = {"hoverinfo": "skip", "showlegend": False, "legendgroup": arm, **place}
         band = rows.groupby(axis).value.agg(["mean", "min", "max"]).round(4)
         if rows.seed.nunique() > 1:
             figure.add_scatter(
-                x=[*band.index, *band.index[::-1]], y=[*band["max"], *band["min"][::-1]], fill="toself", fillcolor=colour, opacity=0.13,
-                mode="lines", line_width=0, hoverinfo="skip", showlegend=False, legendgroup=arm, **place,
+                x=[*band.index, *band.index[::-1]], y=[*band["max"], *band["min"][::-1]], fill="toself",
+                fillcolor=colour, opacity=0.13, mode="lines", line_width=0, **quiet,
             )
         for _, single in rows.groupby("seed") if rows.seed.nunique() > 1 else ():
-            figure.add_scatter(x=single[axis].tolist(), y=single.value.round(4).tolist(), mode="lines", line={"color": colour, "width": 0.8},
-                               opacity=0.4, hoverinfo="skip", showlegend=False, legendgroup=arm, **place)
+            figure.add_scatter(x=single[axis].tolist(), y=single.value.round(4).tolist(), mode="lines",
+                               line={"color": colour, "width": 0.8}, opacity=0.4, **quiet)
         figure.add_scatter(
-            x=band.index.tolist(), y=band["mean"].tolist(), mode="lines+markers", name=escape(label), legendgroup=arm,
-            line={"color": colour, "dash": dash, "width": 2.5}, marker={"symbol": symbol, "size": 8, "maxdisplayed": 14}, showlegend=legend,
-            hovertemplate=axis + " %{x}: %{y:.3~g}<extra>" + escape(label) + "</extra>", **place,
+            x=band.index.tolist(), y=band["mean"].tolist(), mode="lines+markers", name=_safe(label), legendgroup=arm,
+            line={"color": colour, "dash": dash, "width": 2.5}, marker={"symbol": symbol, "size": 8, "maxdisplayed": 14},
+            showlegend=legend, hovertemplate=axis + " %{x}: %{y:.3~g}<extra>" + _safe(label) + "</extra>", **place,
         )
 
-# %% ../nbs/lib/80_plots.ipynb #7457c158
+# %% ../nbs/lib/80_plots.ipynb #b27d7f47
 def curves_figure(
     curves: pd.DataFrame,  # columns seed, arm, step, name, value
     arms: list[str],  # the arms to draw, in order
     name: str = "accuracy",  # which curve; accuracies are drawn in percent
 ):
-    "One curve per arm over the training steps, mean over seeds with band, as a plotly figure; InputError for a name or an arm without rows."
+    "Mean curve and seeds of each arm over the training steps, as a plotly figure; raises InputError for a name without rows."
     require_columns(curves, ("seed", "arm", "step", "name", "value"), "curves")
     table = curves[curves.name == name]
     if not len(table):
@@ -181,12 +204,13 @@ def curves_figure(
     for arm in arms:
         _rows(table, arm, f"curves, {name}")
     percent = name.startswith("accuracy")
-    what = escape(name.replace("accuracy/", "accuracy, "))
-    figure = _figure(f"{what[0].upper()}{what[1:]} during training", "thick: mean over seeds; thin: single seeds; band: lowest to highest seed")
+    what = _safe(name.replace("accuracy/", "accuracy, "))
+    title = f"{what[0].upper()}{what[1:]} during training"
+    figure = _figure(title, "thick: mean over seeds; thin: single seeds; band: lowest to highest seed")
     _add_lines(figure, table.assign(value=table.value * (100 if percent else 1)), arms, "step", legend=True)
     return _finish(figure, "training step", [f"{what} (%)" if percent else what])
 
-# %% ../nbs/lib/80_plots.ipynb #22a1f477
+# %% ../nbs/lib/80_plots.ipynb #1157a08b
 def loss_figure(
     curves: pd.DataFrame,  # columns seed, arm, step, name, value; names that begin with "loss" are drawn
     arms: list[str],  # the arms to draw, in order
@@ -196,7 +220,11 @@ def loss_figure(
     names = sorted(name for name in curves.name.unique() if name.startswith("loss"))
     names = [name for name in names if name.startswith("loss_")] or names
     if not names:
-        raise InputError(f"no loss among {sorted(curves.name.unique())}", "curves named loss or loss_...", "log the loss during training")
+        raise InputError(
+            f"no loss among {sorted(curves.name.unique())}",
+            "curves named loss or loss_...",
+            "log the loss during training",
+        )
     figure = _figure("Loss during training", "thick: mean over seeds; thin: single seeds; band: lowest to highest seed")
     figure.set_subplots(rows=1, cols=len(names), horizontal_spacing=0.12)
     shown = set()
@@ -205,31 +233,36 @@ def loss_figure(
         for arm in arms:
             _add_lines(figure, table, [arm], "step", legend=arm not in shown, column=column)
             shown |= {arm} & set(table.arm)
-    return _finish(figure, "training step", [escape(name.removeprefix("loss_").replace("_", " ") + " loss" * (name != "loss")) for name in names])
+    up = [name.removeprefix("loss_").replace("_", " ") + " loss" * (name != "loss") for name in names]
+    return _finish(figure, "training step", [_safe(name) for name in up])
 
-# %% ../nbs/lib/80_plots.ipynb #b3190e58
+# %% ../nbs/lib/80_plots.ipynb #57c0f1e5
 def cknna_figure(
     cknna: pd.DataFrame,  # columns seed, arm, layer, reference, value, null_low, null_high
     arms: list[str],  # the arms to draw, in order
     aligned_layer: int | None = None,  # marked by a line; None marks nothing
 ):
-    "CKNNA by layer (0..L), one panel per reference, chance as a grey band, as a plotly figure; raises InputError for an arm without rows."
+    "CKNNA by layer (0..L), one panel per reference, as a plotly figure; raises InputError for an arm without rows."
     require_columns(cknna, ("seed", "arm", "layer", "reference", "value", "null_low", "null_high"), "cknna")
     for arm in arms:
         _rows(cknna, arm, "cknna")
     references = list(cknna.reference.unique())
-    figure = _figure("Shared neighbours, layer by layer (CKNNA)", "thick: mean over seeds; thin: single seeds; band: lowest to highest seed; grey: chance (95 % of shuffles)")
+    subtitle = "thick: mean over seeds; thin: seeds; band: lowest to highest; grey: chance"
+    figure = _figure("Shared neighbours, layer by layer (CKNNA)", subtitle)
     figure.set_subplots(rows=1, cols=len(references), horizontal_spacing=0.1)
     for column, reference in enumerate(references, start=1):
         table = cknna[(cknna.reference == reference) & cknna.arm.isin(arms)]
         chance = table.groupby("layer").agg(low=("null_low", "min"), high=("null_high", "max"))
         figure.add_scatter(
-            x=[*chance.index, *chance.index[::-1]], y=[*chance.high.round(4), *chance.low[::-1].round(4)], fill="toself", fillcolor="#999",
-            opacity=0.45, mode="lines", line_width=0, hoverinfo="skip", name="chance", legendgroup="chance", showlegend=column == 1, row=1, col=column,
+            x=[*chance.index, *chance.index[::-1]], y=[*chance.high.round(4), *chance.low[::-1].round(4)], fill="toself",
+            fillcolor="#999", opacity=0.45, mode="lines", line_width=0, hoverinfo="skip", name="chance", legendgroup="chance",
+            showlegend=column == 1, row=1, col=column,
         )
         _add_lines(figure, table, arms, "layer", legend=column == 1, column=column)
         if aligned_layer is not None:
-            figure.add_vline(x=aligned_layer, line={"color": "#777", "dash": "dot", "width": 1.5}, opacity=1, row=1, col=column,
-                             annotation={"text": "aligned layer", "y": 1, "xanchor": "center", "yanchor": "bottom", "font_color": "#555"})
-    figure.update_layout(margin_t=95).update_xaxes(dtick=1 if cknna.layer.max() <= 12 else 4)
-    return _finish(figure, "layer (0: input of the language model)", [f"CKNNA to the {escape(name)}" for name in references], rangemode="tozero")
+            note = {"text": "aligned layer", "y": 1, "xanchor": "center", "yanchor": "bottom", "font_color": "#555"}
+            line = {"color": "#777", "dash": "dot", "width": 1.5}
+            figure.add_vline(x=aligned_layer, line=line, opacity=1, row=1, col=column, annotation=note)
+    figure.update_layout(margin_t=105).update_xaxes(dtick=1 if cknna.layer.max() <= 12 else 4)
+    up = [f"CKNNA to the {_safe(name)}" for name in references]
+    return _finish(figure, "layer (0: input of the language model)", up, rangemode="tozero")

@@ -11,18 +11,26 @@ import torch
 
 from ..core import InputError
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #8c355188
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #f10bbde2
 def kernel(
     features,  # (n, D), a tensor or an array of finite numbers; row i belongs to point i
     normalise: bool = True,  # bring each row to length 1 first, so that inner products are cosines
 ) -> torch.Tensor:
-    "Inner products of all pairs of rows, (n, n) in float64; raises InputError for NaN, for a wrong shape and for points all alike."
+    "Inner products of all pairs of rows, (n, n) float64; raises InputError for NaN, a wrong shape, points all alike."
     features = torch.as_tensor(features).detach().to("cpu", torch.float64)
     if features.ndim != 2 or len(features) < 3:
-        raise InputError(f"features of shape {tuple(features.shape)}", "(n, D) with at least 3 rows", "flatten images and tokens into rows")
+        raise InputError(
+            f"features of shape {tuple(features.shape)}",
+            "(n, D) with at least 3 rows",
+            "flatten images and tokens into rows",
+        )
     if not features.isfinite().all():
         row = int((~features.isfinite()).any(dim=1).nonzero()[0])
-        raise InputError(f"NaN or infinity in row {row}", "finite features", "look at the layer that made them, or cast to float32 there")
+        raise InputError(
+            f"NaN or infinity in row {row}",
+            "finite features",
+            "look at the layer that made them, or cast to float32 there",
+        )
     length = features.norm(dim=1, keepdim=True)
     if normalise:
         if not length.all():
@@ -33,19 +41,23 @@ def kernel(
         raise InputError(f"all {len(features)} rows are alike", "features that differ", "check that the right layer was read")
     return features @ features.T
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #b2a72683
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #ae2f3947
 def neighbours(
     kernel: torch.Tensor,  # (n, n) inner products
     k: int,  # neighbours of each point, from 1 to n - 1
 ) -> torch.Tensor:
     "(n, n) bool: True at [i, j] when j is one of the `k` nearest of i (j != i); raises InputError for a `k` out of range."
     if not 1 <= k <= len(kernel) - 1:
-        raise InputError(f"k = {k} neighbours among {len(kernel)} points", f"1 to {len(kernel) - 1}", "choose a smaller k (10 is usual) or more points")
+        raise InputError(
+            f"k = {k} neighbours among {len(kernel)} points",
+            f"1 to {len(kernel) - 1}",
+            "choose a smaller k (10 is usual) or more points",
+        )
     others = kernel.clone().fill_diagonal_(-torch.inf)
     nearest = others.topk(k, dim=1).indices
     return torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, nearest, True)
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #4aba5e43
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #757c0589
 def neighbour_graph(
     features,  # (n, D)
     k: int,  # neighbours of each point
@@ -57,19 +69,27 @@ def neighbour_graph(
     graph = inner.sub_(inner.mean(dim=1, keepdim=True)).mul_(edges)
     length = graph.norm()
     if not length > 1e-12:
-        raise InputError("a neighbour graph without weights", "features that differ", "check that the right layer was read, or choose another k")
+        raise InputError(
+            "a neighbour graph without weights",
+            "features that differ",
+            "check that the right layer was read, or choose another k",
+        )
     return graph.div_(length)
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #8f3fb4dc
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #21d518be
 def cknna(
     first,  # (n, D1) features of n points
     second,  # (n, D2) features of the same points in the same order
     k: int = 10,  # neighbours of each point; give it with every reported value
     normalise: bool = True,  # bring rows to length 1 first
 ) -> float:
-    "CKNNA of two feature sets (Huh et al. 2024, centred before masking): 1 alike, about 0 unrelated; raises InputError as `kernel` does."
+    "CKNNA (Huh et al. 2024, centred before masking): 1 alike, about 0 unrelated; raises InputError as `kernel` does."
     if len(first) != len(second):
-        raise InputError(f"{len(first)} and {len(second)} rows", "the same points in both", "take both features from the same images and tokens")
+        raise InputError(
+            f"{len(first)} and {len(second)} rows",
+            "the same points in both",
+            "take both features from the same images and tokens",
+        )
     return float((neighbour_graph(first, k, normalise) * neighbour_graph(second, k, normalise)).sum())
 
 # %% ../../nbs/lib/71_analysis.cknna.ipynb #fea5536b
@@ -96,7 +116,7 @@ def _null(first: torch.Tensor, second: torch.Tensor, permutations: int, seed: in
         values[index] = weight @ second[order[row], order[column]]
     return values
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #ccefd80b
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #bf8fb6e7
 def permutation_null(
     first,  # (n, D1)
     second,  # (n, D2); its rows are shuffled
@@ -107,10 +127,14 @@ def permutation_null(
 ):
     "CKNNA (permutations,) as a NumPy array when the rows of `second` are shuffled: what chance alone gives."
     if len(first) != len(second):
-        raise InputError(f"{len(first)} and {len(second)} rows", "the same points in both", "take both features from the same images and tokens")
+        raise InputError(
+            f"{len(first)} and {len(second)} rows",
+            "the same points in both",
+            "take both features from the same images and tokens",
+        )
     return _null(neighbour_graph(first, k, normalise), neighbour_graph(second, k, normalise), permutations, seed).numpy()
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #f63717bd
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #c96a2293
 def cknna_by_layer(
     states,  # (L + 1, n, D) as one tensor, or a dict from layer index to (n, D)
     reference,  # (n, D') features of the same n points, e.g. of the encoder
@@ -124,7 +148,11 @@ def cknna_by_layer(
     rows = []
     for layer, features in states.items() if isinstance(states, dict) else enumerate(states):
         if len(features) != len(fixed):
-            raise InputError(f"{len(features)} rows at layer {layer}, {len(fixed)} in the reference", "the same points in both", "take both from the same images and tokens")
+            raise InputError(
+                f"{len(features)} rows at layer {layer}, {len(fixed)} in the reference",
+                "the same points in both",
+                "take both from the same images and tokens",
+            )
         try:
             graph = neighbour_graph(features, k, normalise)
         except InputError as error:

@@ -106,7 +106,7 @@ def encode(
 # %% ../../nbs/lib/13_data.collate.ipynb #e165c11c
 IGNORED = -100  # the label of a position that is not learnt; transformers' losses leave it out
 
-# %% ../../nbs/lib/13_data.collate.ipynb #c50193a4
+# %% ../../nbs/lib/13_data.collate.ipynb #7376e3e5
 class Samples(Dataset):
     "Encoded records, each encoded when first asked for. Items are dicts as `encode` makes them, with the image names."
 
@@ -118,15 +118,19 @@ class Samples(Dataset):
         with_last_answer: bool = True,  # False: prompts to be answered
         teacher_pixels: Callable[[list[Image.Image]], Tensor] | None = None,  # images to (I, 3, height, width)
         max_length: int | None = None,  # longest sample in tokens
+        first_records: int = 0,  # use only so many records; 0 uses all
         cache_mib: int = 1024,  # memory for encoded samples
     ):
         self.records, self.processor, self.with_images, self.with_last_answer = records, processor, with_images, with_last_answer
         self.teacher_pixels, self.max_length, self.room, self.cache = teacher_pixels, max_length, cache_mib * 2**20, {}
+        self.count = min(first_records or len(records), len(records))
 
     def __len__(self):
-        return len(self.records)
+        return self.count
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
         if index in self.cache:
             return self.cache[index]
         record = self.records[index]
@@ -135,7 +139,7 @@ class Samples(Dataset):
         sample = encode(record, images, self.processor, self.with_last_answer)
         if self.max_length is not None:
             sample = truncated(sample, self.max_length, record)
-        sample["image_names"] = list(names)
+        sample |= {"image_names": list(names), "index": torch.tensor([index])}
         if self.teacher_pixels is not None and images:
             sample["teacher_pixels"] = self.teacher_pixels(images)
         size = sum(value.numel() * value.element_size() for value in sample.values() if isinstance(value, Tensor))
@@ -184,10 +188,10 @@ class Collator:
         batch["image_names"] = [name for sample in samples for name in sample["image_names"]]
         return batch
 
-# %% ../../nbs/lib/13_data.collate.ipynb #96c4dba1
+# %% ../../nbs/lib/13_data.collate.ipynb #edfcc688
 def model_inputs(
     batch: dict,  # from the collator
 ) -> dict:
     "What the model's own forward takes: the batch without labels, the map of visual tokens and the teacher's view."
-    aside = ("labels", "visual_mask", "grids", "image_names", "teacher_pixels")
+    aside = ("labels", "visual_mask", "grids", "image_names", "teacher_pixels", "index")
     return {name: value for name, value in batch.items() if name not in aside}

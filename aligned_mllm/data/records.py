@@ -7,7 +7,7 @@ __all__ = ['IMAGE', 'IMAGE_FORMATS', 'IMAGE_FAULTS', 'Turn', 'Record', 'LeftOut'
            'parse_turns', 'parse_categories', 'parse_record', 'record_to_json', 'write_records', 'line_spans',
            'ArrayWindow', 'array_spans', 'image_path', 'to_rgb', 'open_image', 'check_sample', 'scan_file', 'Records']
 
-# %% ../../nbs/lib/10_data.records.ipynb #9538c97a
+# %% ../../nbs/lib/10_data.records.ipynb #47355ef2
 import hashlib
 import json
 import operator
@@ -16,8 +16,9 @@ import re
 import struct
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -94,27 +95,26 @@ def parse_images(
         )
     return tuple(names)
 
-# %% ../../nbs/lib/10_data.records.ipynb #fda61a4f
+# %% ../../nbs/lib/10_data.records.ipynb #d01f819f
 def parse_turns(
     raw: dict,  # one decoded sample
     place: str,  # begins the message
 ) -> list[tuple[str, str]]:
     "Questions and answers of a sample, in order; raises InputError naming the turn (counted from 1)."
-    remedy = "correct the sample"
-    texts = raw.get("conversations")
+    texts, remedy = raw.get("conversations"), "correct the sample"
     if not isinstance(texts, list) or not texts:
         raise InputError(f'{place}: "conversations" is {str(texts)[:60]!r}', "a list of turns", remedy)
     for number, turn in enumerate(texts, 1):
         speaker = "human" if number % 2 else "gpt"
         came = turn.get("from") if isinstance(turn, dict) else turn
         if came != speaker:
-            raise InputError(f"{place}: turn {number} is from {str(came)[:40]!r}", f"{speaker!r} (they alternate, human first)", remedy)
+            raise InputError(f"{place}: turn {number} is from {str(came)[:40]!r}", f"{speaker!r}, as they alternate", remedy)
         if not is_text(turn.get("value")):
             raise InputError(f"{place}: turn {number} says {str(turn.get('value'))[:40]!r}", "a string that is not empty", remedy)
         if speaker == "gpt" and IMAGE in turn["value"]:
             raise InputError(f"{place}: turn {number}, an answer, contains {IMAGE}", "placeholders in human turns only", remedy)
     if len(texts) % 2:
-        raise InputError(f"{place}: turn {len(texts)} has no answer", "an even number of turns", "add the answer or drop the turn")
+        raise InputError(f"{place}: turn {len(texts)} has no answer", "an even number of turns", "add it or drop the turn")
     return [(texts[k]["value"], texts[k + 1]["value"]) for k in range(0, len(texts), 2)]
 
 # %% ../../nbs/lib/10_data.records.ipynb #11b46487
@@ -209,7 +209,7 @@ def line_spans(
                 yield start, len(content), line, value
             start += len(content)
 
-# %% ../../nbs/lib/10_data.records.ipynb #f75f8552
+# %% ../../nbs/lib/10_data.records.ipynb #5cbdc38f
 class ArrayWindow:
     "A window of text that slides over a JSON file and knows the byte and the line it stands at."
 
@@ -245,7 +245,7 @@ class ArrayWindow:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
-                if end < len(self.text) or not self.grow():  # a number may go on behind the window
+                if end < len(self.text) - 2 or not self.grow():  # "1.", "1e+": a number may go on behind the window
                     self.skip(end)
                     return value
             except json.JSONDecodeError as error:
@@ -340,24 +340,24 @@ def open_image(
         "replace the file, or leave its record out",
     )
 
-# %% ../../nbs/lib/10_data.records.ipynb #fcd8c89b
+# %% ../../nbs/lib/10_data.records.ipynb #54337cb6
 def check_sample(
     raw,  # one decoded JSON value, or the error met while decoding it
     where: str,  # file:line
-    image_folder: str | Path | None = None,  # images are looked for here; None: not at all
+    find_image: Callable[[str], object],  # raises InputError for the name of an image that is not there
 ) -> Record:
     "The record in a sample whose image files exist; raises InputError with file, line and id."
     if isinstance(raw, InputError):
         raise raw
     record = parse_record(raw, where)
     try:
-        for name in record.images if image_folder is not None else ():
-            image_path(name, image_folder)
+        for name in record.images:
+            find_image(name)
     except InputError as error:
         raise InputError(f"{sample_place(raw, where)}: {error.came}", error.expected, error.remedy) from None
     return record
 
-# %% ../../nbs/lib/10_data.records.ipynb #d8c39357
+# %% ../../nbs/lib/10_data.records.ipynb #2b666e3a
 def scan_file(
     path: str | Path,  # a JSON array or JSON lines; the first character tells
     image_folder: str | Path | None = None,  # images are looked for here; None: not at all
@@ -366,12 +366,14 @@ def scan_file(
     "(samples, 3) first byte, bytes and line of every good sample, and the ones left out; raises InputError."
     with open(path, encoding="utf-8-sig", errors="replace") as handle:
         walk = array_spans if handle.read(4096).lstrip()[:1] == "[" else line_spans
-    spans, left_out, name = array("q"), [], Path(path).name
-    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=name, delay=1, leave=False) as progress:
+    # many samples share an image: what was found is not looked for again
+    find_image = str if image_folder is None else lru_cache(2**16)(partial(image_path, image_folder=image_folder))
+    spans, left_out = array("q"), []
+    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=Path(path).name, delay=1, leave=False) as progress:
         for start, length, line, raw in walk(path):
             where = f"{path}:{line}"
             try:
-                check_sample(raw, where, image_folder)
+                check_sample(raw, where, find_image)
                 spans.extend((start, length, line))
             except InputError as error:
                 if not leave_out:

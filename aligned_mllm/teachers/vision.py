@@ -58,15 +58,16 @@ class Teacher:
 # %% ../../nbs/lib/30_teachers.vision.ipynb #ef8285d7
 EMBEDDED = {"dense": "teacher_dense", "self_supervised": "teacher_self_supervised"}
 
-# %% ../../nbs/lib/30_teachers.vision.ipynb #9ad999e6
+# %% ../../nbs/lib/30_teachers.vision.ipynb #51acbf38
 def load_teacher(
     source: str,  # a name from EMBEDDED, a folder, or a hub id such as facebook/dinov2-base
+    parts: str | Path = "",  # where the embedded teachers lie; the repository's own by default
     dtype: torch.dtype = torch.float32,
 ) -> Teacher:
     "A frozen teacher from safetensors, verified against its file; raises InputError where there is none."
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    folder = data_folder() / "parts" / EMBEDDED[source] if source in EMBEDDED else source
+    folder = Path(parts or data_folder() / "parts") / EMBEDDED[source] if source in EMBEDDED else source
     if str(folder).startswith((".", "/", "~")) and not (Path(folder).expanduser() / "config.json").is_file():
         raise InputError(f"no teacher in {source!r}", f"a name from {list(EMBEDDED)}, a folder with config.json, or a hub id", "check the name")
     config = AutoConfig.from_pretrained(folder)
