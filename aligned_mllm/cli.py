@@ -13,11 +13,8 @@ from pathlib import Path
 from .core import InputError
 from .recipes import ABOUT, ARMS, recipe_names
 
-# %% ../nbs/lib/90_cli.ipynb #b723b763
-FULL = (
-    "plain", "viral", "other_image", "position_mean", "mean_removed", "mean_removed_other", "encoder", "self_supervised", "random_teacher",
-    "position_code", "position_code_viral", "position_code_other_image", "lora", "lora_viral", "lora_other_image",
-)  # fmt: skip
+# %% ../nbs/lib/90_cli.ipynb #2c735f7d
+FULL = tuple(arm for arm in ARMS if arm != "blind")  # the blind line is always run
 
 # %% ../nbs/lib/90_cli.ipynb #fbb7c54f
 def command_line() -> argparse.ArgumentParser:

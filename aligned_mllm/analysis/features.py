@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['visual_states', 'reference_features']
 
-# %% ../../nbs/lib/70_analysis.features.ipynb #0d1a5193
+# %% ../../nbs/lib/70_analysis.features.ipynb #be541069
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +16,7 @@ from ..core import InputError
 from ..data.collate import Collator, encode, model_inputs
 from ..data.records import Record, Turn
 from ..models.taps import Taps, decoder_layers
-from ..teachers.vision import Teacher, encoder_teacher, on_grid
+from ..teachers.vision import Teacher, on_grid
 
 # %% ../../nbs/lib/70_analysis.features.ipynb #d85a68e2
 @torch.inference_mode()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['IGNORED', 'messages_of', 'answer_spans', 'grids_of', 'encode', 'Samples', 'truncated', 'Collator', 'model_inputs']
 
-# %% ../../nbs/lib/13_data.collate.ipynb #201c2321
+# %% ../../nbs/lib/13_data.collate.ipynb #c3afa30c
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image

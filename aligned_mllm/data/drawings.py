@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COLOURS', 'PIXELS', 'BOX_SIDE', 'BOX_STARTS', 'ORDERS', 'Boxes', 'ENDS', 'END_PATTERNS', 'TOWER_PATTERNS',
            'ITEM_PATTERNS', 'WALL_PATTERNS', 'BOX_PATTERNS', 'FIELDS', 'Item', 'picture_of', 'tower', 'drawing_key',
-           'Count', 'alike', 'wall_rule', 'drawn_sentences', 'drawn_truth']
+           'sample_box', 'told_drawing', 'Count', 'alike', 'wall_rule', 'drawn_sentences', 'drawn_truth']
 
-# %% ../../nbs/lib/09_data.drawings.ipynb #9a8feeb6
+# %% ../../nbs/lib/09_data.drawings.ipynb #a7256e98
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import permutations, product
+from random import Random
 from string import Formatter
 from types import SimpleNamespace
 
@@ -44,10 +45,10 @@ BOX_SIDE = 100  # pixels
 BOX_STARTS = (0, 150, 300)  # left edge of each box in a picture of 400 x 100 pixels
 ORDERS = tuple(permutations(range(3)))  # ORDERS[k]: which box of the drawing stands left, middle, right in its picture k
 
-# %% ../../nbs/lib/09_data.drawings.ipynb #8952d680
+# %% ../../nbs/lib/09_data.drawings.ipynb #ac375c15
 Boxes = tuple[tuple[Item, ...], ...]  # three boxes with their items
 
-
+# %% ../../nbs/lib/09_data.drawings.ipynb #623ca310
 def picture_of(
     structure: Boxes,  # a drawing
     order: int = 0,  # 0..5, an index into ORDERS
@@ -83,6 +84,32 @@ def drawing_key(
 ) -> Boxes:
     "The same for drawings that show the same boxes in any order."
     return tuple(sorted(tuple(sorted(box)) for box in structure))
+
+# %% ../../nbs/lib/09_data.drawings.ipynb #e2c92521
+def sample_box(
+    random: Random,
+    towers: bool,  # a tower, or scattered things
+) -> tuple[Item, ...]:
+    "One box as NLVR might have drawn it: a tower of 1 to 4 blocks, or 1 to 7 things that do not overlap."
+    if towers:
+        return tuple(Item("square", random.choice(list(PIXELS)[:3]), 20, 40, 80 - 21 * level) for level in range(random.randint(1, 4)))
+    items, wanted = [], random.randint(1, 7)
+    while len(items) < wanted:
+        size = random.choice((10, 20, 30))
+        x, y = (random.choice((0, BOX_SIDE - size, random.randint(0, BOX_SIDE - size), random.randint(0, BOX_SIDE - size))) for _ in range(2))
+        new = Item(random.choice(("square", "circle", "triangle")), random.choice(list(PIXELS)[:3]), size, x, y)
+        if all(max(abs(2 * (x - old.x) + size - old.size), abs(2 * (y - old.y) + size - old.size)) > size + old.size for old in items):
+            items.append(new)
+    return tuple(items)
+
+# %% ../../nbs/lib/09_data.drawings.ipynb #4af8dbcd
+def told_drawing(
+    structure: Boxes,  # a drawing
+    order: int = 0,  # 0..5, an index into ORDERS
+) -> str:
+    "The things of a drawing: 'yellow square , black circle . blue triangle . ...', a dot between boxes."
+    boxes = [sorted(structure[box], key=lambda item: (item.y, item.x)) for box in ORDERS[order]]
+    return " . ".join(" , ".join(f"{item.colour} {item.shape}" for item in box) for box in boxes)
 
 # %% ../../nbs/lib/09_data.drawings.ipynb #02785622
 class Count(int):

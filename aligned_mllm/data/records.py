@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE', 'IMAGE_FORMATS', 'IMAGE_FAULTS', 'Turn', 'Record', 'LeftOut', 'sample_place', 'is_text', 'parse_images',
            'parse_turns', 'parse_categories', 'parse_record', 'record_to_json', 'write_records', 'line_spans',
-           'ArrayWindow', 'array_spans', 'image_path', 'to_rgb', 'open_image', 'check_sample', 'scan_file', 'Records']
+           'ArrayWindow', 'array_spans', 'image_path', 'to_rgb', 'open_image', 'check_sample', 'scan_file',
+           'file_state', 'Records']
 
 # %% ../../nbs/lib/10_data.records.ipynb #47355ef2
 import hashlib
@@ -209,7 +210,7 @@ def line_spans(
                 yield start, len(content), line, value
             start += len(content)
 
-# %% ../../nbs/lib/10_data.records.ipynb #5cbdc38f
+# %% ../../nbs/lib/10_data.records.ipynb #7dbfb723
 class ArrayWindow:
     "A window of text that slides over a JSON file and knows the byte and the line it stands at."
 
@@ -235,10 +236,8 @@ class ArrayWindow:
         "The next character that is not blank, '' at the end of the file."
         while True:
             self.skip(self.blank.match(self.text, self.position).end())
-            if self.position < len(self.text):
-                return self.text[self.position]
-            if not self.grow():
-                return ""
+            if self.position < len(self.text) or not self.grow():
+                return self.text[self.position : self.position + 1]
 
     def value(self):
         "Decode the value that begins here and move behind it; raises JSONDecodeError."
@@ -386,7 +385,15 @@ def scan_file(
         raise InputError(f"{path} has no usable record{first}", "at least one", "look at the file and at the image folder")
     return np.array(spans, dtype=np.int64).reshape(-1, 3), left_out
 
-# %% ../../nbs/lib/10_data.records.ipynb #9edbf6eb
+# %% ../../nbs/lib/10_data.records.ipynb #55c4f71e
+def file_state(
+    handle,  # an open file
+) -> tuple[int, int]:
+    "Size in bytes and time of the last change in nanoseconds: what tells that a file is not the one that was opened."
+    state = os.fstat(handle.fileno())
+    return state.st_size, state.st_mtime_ns
+
+# %% ../../nbs/lib/10_data.records.ipynb #4ccf18b5
 class Records(Sequence):
     "A lazy sequence of the records of a LLaVA file, a JSON array or JSON lines; every sample is checked once, at opening."
 
@@ -406,15 +413,10 @@ class Records(Sequence):
         if check_images and not self.image_folder.is_dir():
             raise InputError(f"no folder {self.image_folder}", "the folder of the images", "name it as image_folder")
         with open(self.path, "rb") as handle:
-            self._stamp = self._state(handle)
+            self._stamp = file_state(handle)
             self.digest = hashlib.file_digest(handle, "sha256").hexdigest()[:16]  # names the content in a run folder
         folder = self.image_folder if check_images else None
         self._spans, self.left_out = scan_file(self.path, folder, broken == "leave_out")
-
-    @staticmethod
-    def _state(handle) -> tuple[int, int]:
-        state = os.fstat(handle.fileno())
-        return state.st_size, state.st_mtime_ns
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -424,7 +426,7 @@ class Records(Sequence):
             return [self[each] for each in range(*index.indices(len(self)))]
         start, length, line = self._spans[operator.index(index)].tolist()
         with open(self.path, "rb") as handle:
-            if self._state(handle) != self._stamp:
+            if file_state(handle) != self._stamp:
                 raise InputError(f"{self.path} has changed since it was opened", "the same file", "open it again")
             handle.seek(start)
             content = handle.read(length)

@@ -329,23 +329,23 @@ def caption(
     ordered = sorted(scene.objects, key=lambda item: (item.row, item.column))
     return " , ".join(f"{item.colour} {item.kind}" for item in ordered)
 
-# %% ../../nbs/lib/11_data.scenes.ipynb #2cfa4819
+# %% ../../nbs/lib/11_data.scenes.ipynb #d3ecefd3
 def textual_scene(
     scene: Scene,  # any scene
     seed: int,  # order of the objects
 ) -> str:
-    "The whole scene in words: 'scene red circle r1 c2 , blue square r3 c4 .', objects in random order."
+    "The whole scene in words: 'scene r1c2 red circle , r3c4 blue square .', objects in random order."
     order = np.random.default_rng(seed).permutation(len(scene.objects))
     told = (scene.objects[index] for index in order)
-    return "scene " + " , ".join(f"{item.colour} {item.kind} r{item.row + 1} c{item.column + 1}" for item in told) + " ."
+    return "scene " + " , ".join(f"r{item.row + 1}c{item.column + 1} {item.colour} {item.kind}" for item in told) + " ."
 
-# %% ../../nbs/lib/11_data.scenes.ipynb #709b61ac
+# %% ../../nbs/lib/11_data.scenes.ipynb #202b7f87
 def vocabulary(
     worlds: tuple[World, ...] = (World(kinds=(*SHAPES, *DIGITS)),),  # the worlds to speak about
 ) -> list[str]:
     "Every word that captions, textual scenes, questions and answers use, in a fixed order."
     fixed = "scene describe , . count where relation any shape colour yes no left right above below 0 1 2 3 4".split()
-    places = [f"{axis}{index + 1}" for world in worlds for axis in "rc" for index in range(world.cells)]
+    places = [f"r{row + 1}c{column + 1}" for world in worlds for row in range(world.cells) for column in range(world.cells)]
     named = [name for world in worlds for name in (*world.colours, *world.kinds)]
     return list(dict.fromkeys([*fixed, *QUADRANTS.values(), *places, *named]))
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CUE', 'SOURCE', 'Statement', 'parse_statement', 'read_nlvr', 'plain_words', 'nlvr_records', 'cut_boxes',
-           'without_drawings_of', 'split_by_directory', 'drawn_statements', 'nlvr_parts', 'write_pictures',
-           'write_nlvr']
+           'without_drawings_of', 'split_by_directory', 'drawn_statements', 'new_drawings', 'described_records',
+           'nlvr_parts', 'write_pictures', 'write_nlvr']
 
-# %% ../../nbs/lib/12_data.sources.ipynb #0f4a4484
+# %% ../../nbs/lib/12_data.sources.ipynb #409c32a0
 import json
 import random
 import re
@@ -21,7 +21,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..core import InputError, require_space, whole_folder
-from .drawings import BOX_SIDE, BOX_STARTS, COLOURS, ORDERS, Boxes, Item, drawing_key, drawn_sentences, tower
+from aligned_mllm.data.drawings import (
+    BOX_SIDE, BOX_STARTS, COLOURS, ORDERS, Boxes, Item, drawing_key, drawn_sentences, picture_of, sample_box, told_drawing, tower,
+)  # fmt: skip
 from .records import IMAGE, Record, Turn, open_image, write_records
 
 # %% ../../nbs/lib/12_data.sources.ipynb #66c89739
@@ -198,14 +200,46 @@ def drawn_statements(
     chance.shuffle(made)
     return made
 
-# %% ../../nbs/lib/12_data.sources.ipynb #650b5177
+# %% ../../nbs/lib/12_data.sources.ipynb #87d05568
+def new_drawings(
+    count: int,
+    seed: int,  # decides everything
+    others: Iterable[Statement] = (),  # drawings not to repeat
+) -> list[Statement]:
+    "Drawings nobody has spoken about, three fifths of them towers, as statements without a sentence."
+    chance, known, made = random.Random(seed), {drawing_key(other.structure) for other in others}, []
+    while len(made) < count:
+        towers, number = chance.random() < 0.6, len(made)
+        structure = tuple(sample_box(chance, towers) for _ in range(3))
+        if drawing_key(structure) not in known:
+            images = tuple(f"drawn/images/{number // 500}/drawn-{number}-0-{order}.png" for order in range(6))
+            made.append(Statement("", True, f"{number}-0", "drawn", images, structure))
+    return made
+
+# %% ../../nbs/lib/12_data.sources.ipynb #bbd97ffd
+def described_records(
+    statements: Iterable[Statement],  # drawings
+    view: str,  # "whole" or "boxes"
+    seed: int,  # which of the six orders is shown
+) -> list[Record]:
+    "One record per drawing that asks for a description of what is in it."
+    chance, records = random.Random(seed), []
+    for statement in statements:
+        order = chance.randrange(6)
+        (record,) = nlvr_records([replace(statement, sentence="describe")], view, (order,), "description")
+        turn = replace(record.turns[0], question=f"{IMAGE}\n" * len(record.images) + "describe", answer=told_drawing(statement.structure, order))
+        records.append(replace(record, turns=(turn,)))
+    return records
+
+# %% ../../nbs/lib/12_data.sources.ipynb #d37ab50e
 def nlvr_parts(
     folder: str | Path,  # NLVR
     held_out: Collection[str] = ("5",),  # directories of the development part that become the validation part
-    per_drawing: int = 0,  # machine-made statements per training drawing, on average
+    per_drawing: int = 0,  # machine-made statements per drawing to learn from, on average
     seed: int = 0,  # for these
+    fresh: int = 0,  # drawings made for them, beside the training part's
 ) -> dict[str, list[Statement]]:
-    "Statements for train, validation, test and, where wanted, drawn; no drawing of the learning parts is judged by."
+    "Statements for train, validation, test and, where wanted, drawn and fresh; no drawing of the learning parts is judged by."
     training, validation = split_by_directory(read_nlvr(folder, "dev"), held_out)
     places = (Path(folder) / "train", Path(folder) / "nlvr" / "train")
     if any(place.is_dir() for place in places):
@@ -213,9 +247,12 @@ def nlvr_parts(
     test = read_nlvr(folder, "test")
     training = without_drawings_of(training, validation + test)
     parts = {"train": training, "validation": validation, "test": test}
-    return {**parts, "drawn": drawn_statements(training, seed, per_drawing)} if per_drawing else parts
+    if per_drawing:
+        parts["fresh"] = new_drawings(fresh, seed, validation + test)
+        parts["drawn"] = drawn_statements(training + parts["fresh"], seed, per_drawing)
+    return parts
 
-# %% ../../nbs/lib/12_data.sources.ipynb #5ff9262f
+# %% ../../nbs/lib/12_data.sources.ipynb #e705fe0b
 def write_pictures(
     statements: Iterable[Statement],  # whose pictures are needed
     folder: str | Path,  # NLVR
@@ -231,14 +268,16 @@ def write_pictures(
         if all(path.exists() for path in paths):
             continue
         paths[0].parent.mkdir(parents=True, exist_ok=True)
+        fresh = statement.directory == "drawn"
         if view == "boxes":
-            for path, box in zip(paths, cut_boxes(open_image(statement.images[0], folder))):
+            whole = picture_of(statement.structure) if fresh else open_image(statement.images[0], folder)
+            for path, box in zip(paths, cut_boxes(whole)):
                 box.save(path)
         else:
-            for path, name in zip(paths, names):
-                shutil.copyfile(Path(folder) / name, path)
+            for path, name, order in zip(paths, names, orders):
+                picture_of(statement.structure, order).save(path) if fresh else shutil.copyfile(Path(folder) / name, path)
 
-# %% ../../nbs/lib/12_data.sources.ipynb #973600fa
+# %% ../../nbs/lib/12_data.sources.ipynb #3c508d7b
 SOURCE = """# Source of these records
 
 Made by aligned_mllm from NLVR 1.0 (Cornell Natural Language Visual Reasoning): Alane Suhr, Mike Lewis, James Yeh, Yoav Artzi,
@@ -247,34 +286,38 @@ Licence of the data: Creative Commons Attribution 4.0 (CC BY 4.0), https://creat
 
 Changed: sentences in lower case with separate punctuation and a fixed cue behind them; view "{view}"
 ("whole": the pictures as they are, "boxes": one picture cut out per box); validation: directories {held} of the development part;
-training statements whose drawing comes up in validation or test are left out. Records of the category "drawn" are not NLVR's:
-their sentences and truth were computed from NLVR's descriptions of the training drawings.
+training statements whose drawing comes up in validation or test are left out. Records of the categories "drawn"
+and "description" are not NLVR's: their words and truth were computed, from NLVR's lists of what is in the training drawings and from
+drawings made in the same manner (folder drawn).
 
 Records: {counts}
 """
 
-# %% ../../nbs/lib/12_data.sources.ipynb #89787a97
+# %% ../../nbs/lib/12_data.sources.ipynb #28fc56c1
 def write_nlvr(
     folder: str | Path,  # NLVR
     output: str | Path,  # train.jsonl, validation.jsonl, test.jsonl (drawn.jsonl), pictures and SOURCE.md, whole or not at all
     view: str = "whole",  # "whole" or "boxes"
     held_out: Collection[str] = ("5",),  # directories of the development part that become the validation part
-    per_drawing: int = 4,  # machine-made statements per training drawing, on average; 0: no drawn.jsonl
+    per_drawing: int = 4,  # machine-made statements per drawing, on average; 0: none
     seed: int = 0,  # for these
+    fresh: int = 0,  # drawings made for them; with these also mixed.jsonl, all there is to learn from
 ) -> Path:
     "A data folder of NLVR's statements: records in JSONL, the pictures they need, and a note of the source."
     folder, output, chance = Path(folder), Path(output), random.Random(seed)
     if output.exists() and not (output / "SOURCE.md").is_file():
         raise InputError(f"{output} exists and was not written from NLVR", "a new folder", "choose another one")
-    parts = nlvr_parts(folder, held_out, per_drawing, seed)
-    drawn = [nlvr_records([each], view, (chance.randrange(6),), "drawn")[0] for each in parts.pop("drawn", ())]
+    parts = nlvr_parts(folder, held_out, per_drawing, seed, fresh)
     require_space(output, 2**13 * 6 * sum(map(len, parts.values())))
+    files = {"drawn": [nlvr_records([each], view, (chance.randrange(6),), "drawn")[0] for each in parts.pop("drawn", ())]}
+    files["descriptions"] = described_records(parts.get("fresh", ()), view, seed)
     with whole_folder(output) as temporary:
-        counts = {"drawn": write_records(drawn, temporary / "drawn.jsonl")} if drawn else {}
         for name, statements in parts.items():
-            orders = range(6) if name == "train" else (0,)
-            counts[name] = write_records(nlvr_records(statements, view, orders), temporary / f"{name}.jsonl")
+            orders = (0,) if name in ("validation", "test") else range(6)
             write_pictures(statements, folder, temporary, view, orders)
+            files |= {name: nlvr_records(statements, view, orders)} if name != "fresh" else {}
+        files["mixed"] = [*files["train"], *files["drawn"], *files["descriptions"]] if fresh else []
+        counts = {name: write_records(records, temporary / f"{name}.jsonl") for name, records in files.items() if records}
         shown = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
         note = SOURCE.format(view=view, held=", ".join(sorted(map(str, held_out))), counts=shown)
         (temporary / "SOURCE.md").write_text(note, encoding="utf-8")

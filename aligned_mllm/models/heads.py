@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['alignment_projector']
 
-# %% ../../nbs/lib/22_models.heads.ipynb #56a858a1
-import torch
+# %% ../../nbs/lib/22_models.heads.ipynb #2a9308b2
 from torch import nn
 
 # %% ../../nbs/lib/22_models.heads.ipynb #3a8fabff

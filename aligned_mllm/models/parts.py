@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['WIDTH', 'HEADS', 'SIZE', 'PATCH', 'image_processor', 'pixels_of', 'as_input', 'fit', 'train_encoder', 'dense_labels',
            'vision_transformer', 'train_dense_teacher', 'two_views', 'agreement_loss', 'train_self_supervised_teacher',
-           'normalise_output', 'told_sample', 'train_language_model', 'patch_probe', 'build_part', 'build_parts',
-           'embedded_model', 'main']
+           'normalise_output', 'told_sample', 'train_language_model', 'told_accuracy', 'patch_probe', 'build_part',
+           'build_parts', 'embedded_model', 'main']
 
-# %% ../../nbs/lib/23_models.parts.ipynb #bd87a735
+# %% ../../nbs/lib/23_models.parts.ipynb #77afa8d5
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +26,7 @@ from ..core import InputError, checksum, load_json, save_json, seed_everything, 
 from aligned_mllm.data.scenes import (
     CATEGORIES, Balance, Scene, World, caption, draw, label_map, scenes_of, textual_scene, vocabulary,
 )  # fmt: skip
-from .compose import compose, word_tokenizer
+from .compose import compose, with_words, word_tokenizer
 
 # %% ../../nbs/lib/23_models.parts.ipynb #f53edf41
 WIDTH, HEADS, SIZE, PATCH = 64, 4, 40, 8
@@ -55,17 +54,18 @@ def as_input(
     "Bytes as the vision models take them: floats from -1 to 1, as `image_processor` makes them."
     return pixels.float() / 127.5 - 1
 
-# %% ../../nbs/lib/23_models.parts.ipynb #3f31cd02
+# %% ../../nbs/lib/23_models.parts.ipynb #2f35644a
 def fit(
     modules: list[nn.Module],  # what is trained
     loss_of: Callable[[], Tensor],  # draws a batch and gives its loss
     steps: int,
     rate: float,  # highest learning rate
     title: str,  # for the progress bar
+    decay: float = 0.01,  # weight decay
 ) -> list[float]:
     "Train in place; the mean loss of each hundredth of the steps."
     parameters = [parameter for module in modules for parameter in module.train().parameters()]
-    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
     losses = []
     for _ in tqdm(range(steps), desc=title, mininterval=2, disable=steps < 100):
@@ -227,7 +227,7 @@ def normalise_output(
     model.layernorm.weight /= deviation
     model.layernorm.bias.copy_((model.layernorm.bias - mean) / deviation)
 
-# %% ../../nbs/lib/23_models.parts.ipynb #19f3b159
+# %% ../../nbs/lib/23_models.parts.ipynb #57c2268f
 def told_sample(
     scene: Scene,  # what is told
     tokenizer,
@@ -236,8 +236,8 @@ def told_sample(
 ) -> tuple[list[int], list[int]]:
     "Token ids and labels of a scene in words with questions, or of a caption; only answers are learnt."
     start, asked = "<bos> " + textual_scene(scene, int(random.integers(2**31))), random.random()
-    if asked < 0.25:
-        pairs, start = [("describe", caption(scene))], start if asked < 0.15 else "<bos>"
+    if asked < 0.15:
+        pairs, start = [("describe", caption(scene))], start if asked < 0.1 else "<bos>"
     else:
         pairs = [(question.text, question.answer) for question in balance.choose(scene, dict(zip(CATEGORIES, (2, 2, 3, 1, 2))))]
     ids = tokenizer(start).input_ids
@@ -247,11 +247,11 @@ def told_sample(
         ids, labels = ids + words + said, labels + [-100] * len(words) + said
     return ids, labels
 
-# %% ../../nbs/lib/23_models.parts.ipynb #2326a732
+# %% ../../nbs/lib/23_models.parts.ipynb #aa3ad6ba
 def train_language_model(
     scenes: list[Scene],  # training scenes
     seed: int,
-    steps: int = 5000,
+    steps: int = 2000,
 ) -> tuple[nn.Module, list[float]]:
     "(LlamaForCausalLM, loss curve), trained on words alone."
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -270,7 +270,23 @@ def train_language_model(
         ids, labels = (nn.utils.rnn.pad_sequence(list(values), True, fill) for values, fill in zip(zip(*told), (tokenizer.pad_token_id, -100)))
         return model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels, use_cache=False).loss
 
-    return model, fit([model], loss_of, steps, 2e-3, "language model")
+    return model, fit([model], loss_of, steps, 3e-3, "language model", decay=0.0)
+
+# %% ../../nbs/lib/23_models.parts.ipynb #e3d05243
+@torch.no_grad()
+def told_accuracy(
+    model: nn.Module,  # a LlamaForCausalLM
+    scenes: list[Scene],  # scenes it has not seen
+    seed: int = 0,
+) -> dict[str, float]:
+    "Share of right one-word answers to questions about scenes told in words, by question type."
+    tokenizer, balance, hits = word_tokenizer(vocabulary()), Balance(seed), {category: [] for category in CATEGORIES}
+    for scene in scenes:
+        for question in balance.choose(scene, dict.fromkeys(CATEGORIES, 1)):
+            words = tokenizer(f"<bos> {textual_scene(scene, seed)} {question.text}", return_tensors="pt")
+            said = model(input_ids=words.input_ids).logits[0, -1].argmax()
+            hits[question.category].append(tokenizer.decode(said) == question.answer)
+    return {category: round(sum(values) / max(len(values), 1), 3) for category, values in hits.items()}
 
 # %% ../../nbs/lib/23_models.parts.ipynb #8fcce7d3
 def patch_probe(
@@ -292,7 +308,7 @@ def patch_probe(
         shares[name] = float(probe.score(features[test][present[test]].numpy(), most[test][present[test]]))
     return shares
 
-# %% ../../nbs/lib/23_models.parts.ipynb #2405d252
+# %% ../../nbs/lib/23_models.parts.ipynb #a85a93ed
 def build_part(
     name: str,  # "encoder", "teacher_dense", "teacher_self_supervised" or "language_model"
     folder: Path,  # where to save it
@@ -304,10 +320,10 @@ def build_part(
     torch.set_num_threads(1)
     scenes, held = scenes_of("train", max(64, int(20000 * min(scale, 1))), 900 + seed, world), scenes_of("validation", 600, 900 + seed, world)
     if name == "language_model":
-        model, curve = train_language_model(scenes, seed, int(5000 * scale))
+        model, curve = train_language_model(scenes, seed, int(2000 * scale))
         model.save_pretrained(folder / name)
         word_tokenizer(vocabulary()).save_pretrained(folder / name)
-        return {"curves": curve, "checksums": checksum(model)}
+        return {"curves": curve, "checksums": checksum(model), "told": told_accuracy(model, held)}
     pixels = pixels_of(scenes)
     if name == "encoder":
         clip, curve = train_encoder(scenes, pixels, seed, int(4000 * scale))
@@ -325,7 +341,7 @@ def build_part(
     statistics = {"mean": seen.flatten(0, 1).mean(0).tolist(), "deviation": seen.flatten(0, 1).std(0).tolist()}
     return {"curves": curve, "checksums": checksum(model), "probe": patch_probe(probed, held), "statistics": statistics}
 
-# %% ../../nbs/lib/23_models.parts.ipynb #3e5fa9e4
+# %% ../../nbs/lib/23_models.parts.ipynb #ffc2ee44
 def build_parts(
     folder: str | Path,  # where to put them; appears whole or not at all
     seed: int = 0,
@@ -342,15 +358,16 @@ def build_parts(
         else:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
                 found = list(pool.map(build_part, *zip(*tasks)))
-        facts = {key: {name: part[key] for name, part in zip(names, found) if key in part} for key in ("curves", "checksums", "probe")}
+        facts = {key: {name: part[key] for name, part in zip(names, found) if key in part} for key in ("curves", "checksums", "probe", "told")}
         statistics = found[names.index("encoder")]["statistics"]
         save_json({"seed": seed, "statistics": statistics, **facts}, temporary / "parts.json")
     return Path(folder)
 
-# %% ../../nbs/lib/23_models.parts.ipynb #972e15b4
+# %% ../../nbs/lib/23_models.parts.ipynb #6d0c8946
 def embedded_model(
     folder: str | Path,  # parts as `build_parts` leaves them
-    seed: int = 0,  # for the projector
+    seed: int = 0,  # for the projector, and for the embeddings of new words
+    words: Iterable[str] = (),  # to be known beside those of the scenes
 ):
     "(model, processor): the embedded encoder and language model, joined by a fresh projector. Raises InputError."
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
@@ -363,7 +380,11 @@ def embedded_model(
         if checksum(model) != facts["checksums"][name]:
             raise InputError(f"{folder / name} has checksum {checksum(model)}", facts["checksums"][name], "build the parts again, or restore data/parts")
     statistics = (torch.tensor(facts["statistics"]["mean"]), torch.tensor(facts["statistics"]["deviation"]))
-    return compose(tower, language_model, AutoTokenizer.from_pretrained(folder / "language_model"),
+    tokenizer = with_words(AutoTokenizer.from_pretrained(folder / "language_model"), words)
+    if len(tokenizer) > language_model.config.vocab_size:
+        seed_everything(seed)
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return compose(tower, language_model, tokenizer,
                    AutoImageProcessor.from_pretrained(folder / "encoder"), statistics=statistics, seed=seed)  # fmt: skip
 
 # %% ../../nbs/lib/23_models.parts.ipynb #ebce3590

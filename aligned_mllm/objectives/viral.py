@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Viral']
 
-# %% ../../nbs/lib/41_objectives.viral.ipynb #950e22c1
-import torch
+# %% ../../nbs/lib/41_objectives.viral.ipynb #504903fd
 from torch import Tensor, nn
 
 from ..core import InputError

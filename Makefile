@@ -1,0 +1,40 @@
+# make help lists what there is.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export PYTHONWARNINGS ?= ignore::FutureWarning
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup experiment quick lab test browser clean
+
+help:  ## list these commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+.venv/ready: constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: .venv/ready  ## make .venv with the exact versions of constraints.txt
+
+experiment: .venv/ready  ## the main job: train, score, measure, report (ARGS="--seeds 5", ARGS=--full, ...)
+	$(BIN)/aligned-mllm experiment $(ARGS)
+
+quick: .venv/ready  ## the same in a minute, too short to mean anything
+	$(BIN)/aligned-mllm experiment --quick $(ARGS)
+
+lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs
+
+test: .venv/ready browser  ## everything that must hold: notebooks, tests, export
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests
+
+browser: .venv/ready
+	@command -v chromium >/dev/null || $(BIN)/playwright install chromium || echo "No Chromium: the browser tests will be skipped"
+
+clean:  ## remove .venv (runs/ stays)
+	rm -rf .venv

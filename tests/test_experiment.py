@@ -1,0 +1,127 @@
+"The main job from end to end, at its quick size, as a user runs it."
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from conftest import ENVIRONMENT
+
+from aligned_mllm.core import load_json
+
+ARMS = ["plain", "viral", "other_image"]
+
+
+def command(*words) -> list[str]:
+    return [sys.executable, "-m", "aligned_mllm.cli", *map(str, words)]
+
+
+def call(*words, **keywords) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*words), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **keywords)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    "A quick experiment that was interrupted once, as by Ctrl-C, and gone on with."
+    folder = tmp_path_factory.mktemp("quick") / "experiment"
+    process = subprocess.Popen(command("experiment", "--quick", "--output", folder), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)  # fmt: skip
+    while not (folder / "seed0" / "stage1" / "done.json").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130 and "Run the same command again" in process.stdout.read()
+    done = call("experiment", "--quick", "--output", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "said.txt").write_text(done.stdout)
+    return folder
+
+
+def test_the_loss_fell(quick):
+    for name in ("stage1", *ARMS, "blind"):
+        curves = pd.read_csv(quick / "seed0" / name / "curves.csv")
+        text = curves[curves.name == "loss_text"].sort_values("step").value
+        assert text.iloc[-1] < text.iloc[0], name
+    aligned = pd.read_csv(quick / "seed0" / "viral" / "curves.csv").query("name == 'loss_viral'").sort_values("step").value
+    assert aligned.iloc[-1] < aligned.iloc[0] - 0.02
+
+
+def test_the_report_holds_its_numbers(quick):
+    page, said = (quick / "report.html").read_text(encoding="utf-8"), (quick / "said.txt").read_text()
+    scores = pd.read_csv(quick / "scores.csv")
+    assert set(scores.arm) == {*ARMS, "blind", "majority"}
+    for arm in ARMS:
+        answers = pd.read_json(quick / "seed0" / arm / "answers.jsonl", lines=True, dtype=False)
+        recount = answers.groupby("category").correct.mean()
+        mine = scores[scores.arm == arm].set_index("category").accuracy
+        assert (mine - recount[mine.index]).abs().max() < 1e-6
+        overall = f"{100 * mine.mean():.1f}"
+        assert overall in page and overall in said, (arm, overall)
+    for name in ("curves", "cknna", "cost"):
+        assert len(pd.read_csv(quick / f"{name}.csv")) > 0
+
+
+def test_the_report_is_self_contained(quick):
+    page = (quick / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)(https?:)?//""", page)
+    assert page.count("data:image/png;base64,") >= 3
+
+
+def test_arms_share_data_order_and_start(quick):
+    configs = {arm: load_json(quick / "seed0" / arm / "config.json") for arm in ARMS}
+    assert len({(config["seed"], config["records_digest"], config["model"]) for config in configs.values()}) == 1
+    first = {arm: pd.read_csv(quick / "seed0" / arm / "curves.csv").query("name == 'loss_text'").sort_values("step").value.iloc[0] for arm in ARMS}
+    assert max(first.values()) - min(first.values()) < 0.2
+
+
+def test_the_same_words_again_do_nothing_new(quick):
+    before = {path: path.stat().st_mtime_ns for path in quick.rglob("done.json")}
+    again = call("experiment", "--quick", "--output", quick)
+    assert again.returncode == 0 and before == {path: path.stat().st_mtime_ns for path in quick.rglob("done.json")}
+
+
+def test_another_plan_in_the_same_folder_is_refused(quick):
+    refused = call("experiment", "--quick", "--output", quick, "--set", "align_weight=2.0")
+    assert refused.returncode == 2 and "other settings" in refused.stderr
+
+
+def test_a_failing_run_names_its_log(tmp_path):
+    failed = call("experiment", "--quick", "--output", tmp_path / "x", "--set", "align_layers=[9]")
+    assert failed.returncode == 2 and "log.txt" in failed.stderr and "layer" in failed.stderr
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--arms", "plain,virral"], "viral"),
+    (["--seeds", "0"], "at least 1"),
+    (["--recipe", "nlvr"], "--data"),
+    (["--recipe", "nlvr", "--data", "nowhere"], "nowhere"),
+])  # fmt: skip
+def test_bad_options_are_one_message(tmp_path, words, message):
+    refused = call("experiment", "--quick", "--output", tmp_path / "x", *words)
+    assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_the_report_in_a_browser(quick):
+    "Every figure is drawn, nothing is fetched, nothing is written to the console."
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as context:
+        if browser is None and not os.path.exists(context.chromium.executable_path):
+            pytest.skip("no Chromium: the report was not looked at in a browser")
+        page = context.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]).new_page()
+        said, asked = [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((quick / "report.html").as_uri())
+        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")
+        figures = page.locator(".js-plotly-plot").count()
+        assert figures >= 4 and page.locator(".js-plotly-plot .main-svg").count() >= figures
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than the window"
+        assert said == [] and all(url.startswith(("file:", "data:", "blob:")) for url in asked)

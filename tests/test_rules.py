@@ -1,0 +1,177 @@
+"What must hold for the repository itself: export, order, notebook craft, names."
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = sorted((ROOT / "nbs" / "lib").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+MODULES = [path for path in sorted((ROOT / "aligned_mllm").rglob("*.py")) if path.name not in ("__init__.py", "_modidx.py")]
+COMMANDS = Path(sys.executable).parent
+
+
+def cells(path: Path, kind: str = "code") -> list[str]:
+    return [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
+
+
+def module_of(path: Path) -> str:
+    return next(line.split()[-1] for source in cells(path) for line in source.splitlines() if line.startswith("#| default_exp"))
+
+
+def exported(path: Path) -> list[str]:
+    return [source for source in cells(path) if re.search(r"^#\|\s*exporti?\b", source, re.M)]
+
+
+def public_names(source: str) -> list[str]:
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name for name in names if not name.startswith("_")]
+
+
+def imported_modules(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aligned_mllm"):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("aligned_mllm")}
+    return {name.removeprefix("aligned_mllm").lstrip(".") for name in found}
+
+
+def python(source: str) -> str:
+    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+
+
+@pytest.fixture(scope="module")
+def fresh_export(tmp_path_factory) -> Path:
+    "A copy of the notebooks, exported and cleaned anew."
+    folder = tmp_path_factory.mktemp("export")
+    for name in ("settings.ini", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("nbs", "aligned_mllm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for path in (folder / "aligned_mllm").rglob("*.py"):
+        path.unlink()
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([COMMANDS / command], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_an_export_changes_nothing(fresh_export):
+    here = {path.relative_to(ROOT): path.read_bytes() for path in (ROOT / "aligned_mllm").rglob("*.py")}
+    there = {path.relative_to(fresh_export): path.read_bytes() for path in (fresh_export / "aligned_mllm").rglob("*.py")}
+    assert set(here) == set(there), "a module has no notebook, or a notebook no module"
+    assert [str(path) for path in here if here[path] != there[path]] == []
+
+
+def test_notebooks_are_clean(fresh_export):
+    assert [str(path.relative_to(ROOT)) for path in NOTEBOOKS if path.read_bytes() != (fresh_export / path.relative_to(ROOT)).read_bytes()] == []
+
+
+def test_a_changed_notebook_would_be_noticed(fresh_export, tmp_path):
+    shutil.copytree(fresh_export, tmp_path / "copy")
+    target = tmp_path / "copy" / "nbs" / "lib" / LIBRARY[0].name
+    notebook = nbformat.read(target, 4)
+    next(cell for cell in notebook.cells if cell.source.startswith("#| export")).source += "\n# changed"
+    nbformat.write(notebook, target)
+    subprocess.run([COMMANDS / "nbdev_export"], cwd=tmp_path / "copy", check=True, capture_output=True)
+    assert (tmp_path / "copy" / "aligned_mllm" / "core.py").read_bytes() != (fresh_export / "aligned_mllm" / "core.py").read_bytes()
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_notebook_and_module_share_their_name(path):
+    number, name = path.stem.split("_", 1)
+    assert number.isdigit() and module_of(path) == name
+    assert cells(path, "markdown")[0].startswith(f"# {name}\n")
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_a_notebook_imports_only_lower_numbers(path):
+    numbers = {module_of(other): int(other.stem.split("_")[0]) for other in LIBRARY}
+    mine = numbers[module_of(path)]
+    used = {name for source in cells(path) for name in imported_modules(python(source)) if name in numbers}
+    assert {name: numbers[name] for name in used if numbers[name] >= mine and not (name == module_of(path))} == {}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_one_short_definition_a_cell(path):
+    for source in exported(path):
+        names = public_names(source)
+        if "__main__" in source or not names:
+            continue
+        assert len(names) == 1 or re.match(r"#\| export\s*\n[A-Z_, ]+ =", source), f"{path.name} defines {names} in one cell"
+        assert len(source.splitlines()) <= 41, f"{path.name}: {names[0]} has {len(source.splitlines())} lines"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_every_public_name_is_used_on_its_page(path):
+    definitions = {name: source for source in exported(path) for name in public_names(source)}
+    for name, home in definitions.items():
+        others = [source for source in cells(path) if source is not home and not re.match(r"#\|\s*(hide|exporti)", source)]
+        assert any(re.search(rf"\b{name}\b", source) for source in others), f"{path.name} never uses {name}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_every_public_name_is_documented(path):
+    for source in exported(path):
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_read_well(path):
+    text, all_cells = path.read_text(encoding="utf-8"), nbformat.read(path, 4).cells
+    assert path.stat().st_size <= 300_000, f"{path.name} has {path.stat().st_size} bytes"
+    prose = sum(cell.cell_type == "markdown" for cell in all_cells)
+    assert prose >= len(all_cells) / 5, f"{path.name}: {prose} of {len(all_cells)} cells are prose"
+    assert not re.search(r"import \*", "\n".join(cells(path))), "star import"
+    assert not re.search(r"[\"' (](/work|/root|/home|/tmp/|/Users)", text), f"{path.name} holds a path of one machine"
+    assert not any(output.output_type == "error" for cell in all_cells if cell.cell_type == "code" for output in cell.outputs)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_modules_keep_the_direction_of_data(path):
+    "Analysis and evaluation see a model and a run folder, never the trainer; nothing is loaded by pickle or remote code."
+    source = path.read_text(encoding="utf-8")
+    if path.parent.name in ("analysis", "evals", "data") or path.stem in ("plots", "report"):
+        assert not re.search(r"^\s*from (\.|aligned_mllm\.|\.\.)train import", source, re.M)
+    assert "torch.load(" not in source and "pickle" not in source
+    assert not re.search(r"trust_remote_code\s*=\s*True", source)
+
+
+def test_code_is_in_order():
+    files = [*MODULES, *sorted((ROOT / "tests").glob("*.py"))]
+    found = subprocess.run([COMMANDS / "ruff", "check", "--quiet", "--line-length", "170", "--select", "E,F", "--ignore", "E402", *files], capture_output=True, text=True)
+    assert found.stdout == ""
+
+
+def test_top_level_is_as_designed():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in tracked.stdout.splitlines()}
+    plain = {"settings.ini", "README.md", "nbs", "aligned_mllm", "data", "tests", "setup.py", "Makefile", "constraints.txt", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} <= plain
+
+
+def test_constraints_are_exact_and_cover_what_is_asked():
+    pins = [line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if line]
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini")
+    asked = (parser["DEFAULT"]["requirements"] + " " + parser["DEFAULT"]["dev_requirements"]).split()
+    assert {re.split(r"[<>=\[]", name)[0].lower() for name in asked} <= set(pins)
+    assert all("==" in line and "+" not in line and "@" not in line for line in (ROOT / "constraints.txt").read_text().splitlines())
