@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'InputError', 'data_folder', 'path_inside', 'whole_file', 'whole_folder', 'save_json', 'load_json',
-           'require_space', 'checksum', 'seed_everything', 'environment']
+           'require_space', 'checksum', 'seed_everything', 'environment', 'peak_memory']
 
 # %% ../nbs/lib/00_core.ipynb #c5db2014
 import hashlib
@@ -189,3 +189,14 @@ def environment() -> dict:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
     }
+
+# %% ../nbs/lib/00_core.ipynb #7558777a
+def peak_memory() -> float:
+    "The most memory this process has held, MiB: of the accelerator where there is one, else of the machine; NaN where it is not told."
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -6,7 +6,7 @@
 __all__ = ['QUICK', 'Plan', 'prepare_data', 'Job', 'jobs_of', 'steps_done', 'start_job', 'run_jobs', 'read_scores', 'read_curves',
            'read_costs', 'read_cknna', 'read_examples', 'unlearnt', 'experiment']
 
-# %% ../nbs/lib/85_experiment.ipynb #4b0cd638
+# %% ../nbs/lib/85_experiment.ipynb #5240211f
 import json
 import os
 import subprocess
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import transformers
 from tqdm.auto import tqdm
 
 from .analysis.cknna import cknna_by_layer
@@ -75,8 +76,8 @@ def prepare_data(
     data = folder / "data" / f"seed{seed}"
     return data if (data / "train.jsonl").is_file() else write_scenes(data, seed, plan.sizes, World())
 
-# %% ../nbs/lib/85_experiment.ipynb #ba00be56
-@dataclass(frozen=True)
+# %% ../nbs/lib/85_experiment.ipynb #d7b23dd6
+@dataclass(frozen=True, eq=False)
 class Job:
     "One training run: its folder, recipe, data, settings, and the run it starts from."
 
@@ -197,18 +198,18 @@ def read_curves(
             parts.append(pd.read_csv(folder / f"seed{seed}" / arm / "curves.csv").assign(seed=seed, arm=arm))
     return pd.concat(parts)[["seed", "arm", "step", "name", "value"]]
 
-# %% ../nbs/lib/85_experiment.ipynb #b619ecd8
+# %% ../nbs/lib/85_experiment.ipynb #89b7a177
 def read_costs(
     plan: Plan,
     folder: Path,  # the experiment's
 ) -> pd.DataFrame:
-    "What each run cost: seed, arm, stage, seconds, samples_per_second, trainable_parameters."
+    "What each run cost: seed, arm, stage, seconds, samples_per_second, peak_memory_mib, trainable_parameters."
     rows = []
     for job in jobs_of(plan, folder):
         facts, audit = load_json(job.output / "done.json"), load_json(job.output / "parameters.json")
         rows.append({"seed": job.settings["seed"], "arm": job.output.name, "stage": 1 if job.after is None else 2, "seconds": round(facts["seconds"], 1),
                      "samples_per_second": round(facts["train_samples_per_second"], 1),
-                     "trainable_parameters": sum(part["trained"] for part in audit.values())})  # fmt: skip
+                     "peak_memory_mib": facts["peak_memory_mib"], "trainable_parameters": sum(part["trained"] for part in audit.values())})  # fmt: skip
     return pd.DataFrame(rows)
 
 # %% ../nbs/lib/85_experiment.ipynb #7c7d892a
@@ -281,7 +282,7 @@ def unlearnt(
             found.append(category)
     return found
 
-# %% ../nbs/lib/85_experiment.ipynb #4c691c3e
+# %% ../nbs/lib/85_experiment.ipynb #5ee93f41
 def experiment(
     folder: str | Path,  # where everything goes
     plan: Plan = Plan(),
@@ -293,6 +294,7 @@ def experiment(
                                       "vary_parts": plan.vary_parts}))  # fmt: skip
     if (folder / "plan.json").is_file() and load_json(folder / "plan.json")["settings"] != settings:
         raise InputError(f"{folder} holds an experiment with other settings", "the same settings, or an empty folder", "choose another --output, or delete the folder")
+    transformers.utils.logging.disable_progress_bar()
     require_space(folder, 2**28 + plan.seeds * len(plan.arms) * 2**24)
     chosen = recipe(f"{plan.recipe}_viral")
     save_json({"recipe": plan.recipe, "seeds": list(range(plan.seeds)), "arms": list(plan.arms), "about": {arm: ABOUT.get(arm, arm) for arm in plan.arms},

@@ -27,10 +27,10 @@ SMALL = {
     "align_projector_width": 128,
 }
 
-# %% ../nbs/lib/50_recipes.ipynb #1a9a0f09
+# %% ../nbs/lib/50_recipes.ipynb #b8735a0b
 SETTINGS = {
     "scenes_stage1": {**SMALL, "stage": 1, "records": "captions.jsonl", "learning_rate": 3e-3, "max_steps": 300},
-    "scenes": {**SMALL, "stage": 2, "evaluation_records": "validation.jsonl", "eval_steps": 100, "learning_rate": 2e-3, "max_steps": 1000},
+    "scenes": {**SMALL, "stage": 2, "evaluation_records": "validation.jsonl", "eval_steps": 100, "learning_rate": 2e-3, "max_steps": 600},
     "nlvr_stage1": {**SMALL, "stage": 1, "records": "drawn.jsonl", "learning_rate": 3e-3, "max_steps": 300},
     "nlvr": {**SMALL, "stage": 2, "evaluation_records": "validation.jsonl", "eval_steps": 200, "learning_rate": 1e-3, "max_steps": 1200},
 }
@@ -38,7 +38,7 @@ SETTINGS = {
 # %% ../nbs/lib/50_recipes.ipynb #916dd59b
 VIRAL = {"align_weight": 0.5, "align_layers": [3], "teacher": "dense"}
 
-# %% ../nbs/lib/50_recipes.ipynb #85ee9b78
+# %% ../nbs/lib/50_recipes.ipynb #d4939e5c
 ARMS = {
     "plain": {},
     "viral": {**VIRAL},
@@ -58,9 +58,9 @@ ARMS = {
     "lora_other_image": {**VIRAL, "align_target": "other_image", "lora_rank": 16, "learning_rate": 4e-3},
     **{f"viral_layer{layer}": {**VIRAL, "align_layers": [layer]} for layer in (0, 1, 2, 4, 5, 6)},
     **{f"viral_weight{weight}": {**VIRAL, "align_weight": weight} for weight in (0.1, 0.25, 1.0, 2.0)},
-    **{f"plain_{count}": {"first_records": count} for count in (500, 1500)},
-    **{f"viral_{count}": {**VIRAL, "first_records": count} for count in (500, 1500)},
-    **{f"other_image_{count}": {**VIRAL, "align_target": "other_image", "first_records": count} for count in (500, 1500)},
+    **{f"plain_{count}": {"first_records": count} for count in (600, 1200)},
+    **{f"viral_{count}": {**VIRAL, "first_records": count} for count in (600, 1200)},
+    **{f"other_image_{count}": {**VIRAL, "align_target": "other_image", "first_records": count} for count in (600, 1200)},
 }
 
 # %% ../nbs/lib/50_recipes.ipynb #b6cfa05f

@@ -8,7 +8,7 @@ __all__ = ['UNITS', 'CURVES', 'MAY_DIFFER', 'AlignConfig', 'parsed_setting', 'co
            'last_checkpoint', 'words_of', 'student_of', 'teacher_of', 'mean_of_training_images', 'trainer_of',
            'claim_folder', 'run', 'save_left_out', 'finish', 'main']
 
-# %% ../nbs/lib/51_train.ipynb #df47c727
+# %% ../nbs/lib/51_train.ipynb #027658ff
 import argparse
 import csv
 import dataclasses
@@ -26,7 +26,7 @@ import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .core import InputError, checksum, data_folder, environment, load_json, require_space, save_json, seed_everything, whole_file, whole_folder
+from .core import InputError, checksum, data_folder, environment, load_json, peak_memory, require_space, save_json, seed_everything, whole_file, whole_folder
 from .data.collate import Collator, Samples, model_inputs
 from .data.records import Records, open_image
 from .models.compose import STAGES, add_lora, add_position_code, load_model, parameter_audit, train_only
@@ -38,7 +38,7 @@ from .recipes import recipe
 from .teachers.targets import TARGETS, Targets, position_mean
 from .teachers.vision import Teacher, encoder_teacher, load_teacher, random_teacher
 
-# %% ../nbs/lib/51_train.ipynb #bf56fc20
+# %% ../nbs/lib/51_train.ipynb #dadf283b
 @dataclass
 class AlignConfig(TrainingArguments):
     "All settings of one run: transformers' TrainingArguments and what aligned_mllm adds."
@@ -47,7 +47,7 @@ class AlignConfig(TrainingArguments):
     model: str = field(default="embedded", metadata={"help": "'embedded', a model folder, or a hub id"})
     parts: str = field(default="", metadata={"help": "folder with embedded parts; the repository's own by default"})
     words_from: list[str] = field(default_factory=list, metadata={"help": "record files, below data, whose words an embedded model learns anew"})
-    stage: int = field(default=2, metadata={"help": "1 trains the projector; 2 the projector and the language model"})
+    stage: int = field(default=2, metadata={"help": "1 trains the projector; 2 the language model as well; 3 the vision tower, too"})
     records: str = field(default="train.jsonl", metadata={"help": "training records, below data"})
     evaluation_records: str = field(default="", metadata={"help": "records looked at every eval_steps, below data; none by default"})
     first_records: int = field(default=0, metadata={"help": "use only so many records; 0 uses all"})
@@ -458,7 +458,7 @@ def save_left_out(
     with whole_file(path) as temporary, open(temporary, "w", newline="") as handle:
         csv.writer(handle).writerows([("where", "id", "reason"), *((item.where, item.id, item.reason) for item in left_out)])
 
-# %% ../nbs/lib/51_train.ipynb #ef1dfa69
+# %% ../nbs/lib/51_train.ipynb #2479f592
 def finish(
     trainer: AlignTrainer,  # after training
     facts: dict,  # seconds and metrics
@@ -475,7 +475,7 @@ def finish(
     if model.objective is not None:
         with whole_file(output / "alignment.safetensors") as path:
             save_file({name: value.contiguous() for name, value in model.objective.state_dict().items()}, path)
-    save_json({"steps": trainer.state.global_step, "checksum": checksum(student), **facts}, output / "done.json")
+    save_json({"steps": trainer.state.global_step, "checksum": checksum(student), "peak_memory_mib": round(peak_memory()), **facts}, output / "done.json")
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
 

@@ -85,7 +85,7 @@ def drawing_key(
     "The same for drawings that show the same boxes in any order."
     return tuple(sorted(tuple(sorted(box)) for box in structure))
 
-# %% ../../nbs/lib/09_data.drawings.ipynb #e2c92521
+# %% ../../nbs/lib/09_data.drawings.ipynb #323c8883
 def sample_box(
     random: Random,
     towers: bool,  # a tower, or scattered things
@@ -96,7 +96,8 @@ def sample_box(
     items, wanted = [], random.randint(1, 7)
     while len(items) < wanted:
         size = random.choice((10, 20, 30))
-        x, y = (random.choice((0, BOX_SIDE - size, random.randint(0, BOX_SIDE - size), random.randint(0, BOX_SIDE - size))) for _ in range(2))
+        free = BOX_SIDE - size
+        x, y = (random.choice((0, free)) if random.random() < 0.2 else random.randint(0, free) for _ in range(2))
         new = Item(random.choice(("square", "circle", "triangle")), random.choice(list(PIXELS)[:3]), size, x, y)
         if all(max(abs(2 * (x - old.x) + size - old.size), abs(2 * (y - old.y) + size - old.size)) > size + old.size for old in items):
             items.append(new)

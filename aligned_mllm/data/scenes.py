@@ -364,12 +364,12 @@ def conversation_records(
         records.append(Record(f"{Path(name).stem}-{start // turns}", (name,), tuple(said), ""))
     return records
 
-# %% ../../nbs/lib/11_data.scenes.ipynb #75a65e28
+# %% ../../nbs/lib/11_data.scenes.ipynb #2d3553cf
 @dataclass(frozen=True)
 class Sizes:
     "How many scenes of each kind a data folder holds, and how they are asked about."
 
-    train: int = 1500  # scenes with questions
+    train: int = 1000  # scenes with questions
     captions: int = 2000  # scenes with captions, for stage 1
     validation: int = 200  # scenes looked at during training
     test: int = 1000  # scenes for the scores; one question of each type about each

@@ -140,8 +140,8 @@ def parts_of(
         "language_model": [inner.model.language_model, inner.lm_head],
     }
 
-# %% ../../nbs/lib/20_models.compose.ipynb #a0618384
-STAGES = {1: ("projector",), 2: ("projector", "language_model")}
+# %% ../../nbs/lib/20_models.compose.ipynb #fcde75c9
+STAGES = {1: ("projector",), 2: ("projector", "language_model"), 3: ("vision_tower", "projector", "language_model")}
 
 # %% ../../nbs/lib/20_models.compose.ipynb #bcc07a50
 def train_only(

@@ -54,18 +54,17 @@ def as_input(
     "Bytes as the vision models take them: floats from -1 to 1, as `image_processor` makes them."
     return pixels.float() / 127.5 - 1
 
-# %% ../../nbs/lib/23_models.parts.ipynb #2f35644a
+# %% ../../nbs/lib/23_models.parts.ipynb #3f31cd02
 def fit(
     modules: list[nn.Module],  # what is trained
     loss_of: Callable[[], Tensor],  # draws a batch and gives its loss
     steps: int,
     rate: float,  # highest learning rate
     title: str,  # for the progress bar
-    decay: float = 0.01,  # weight decay
 ) -> list[float]:
     "Train in place; the mean loss of each hundredth of the steps."
     parameters = [parameter for module in modules for parameter in module.train().parameters()]
-    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=decay)
+    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
     losses = []
     for _ in tqdm(range(steps), desc=title, mininterval=2, disable=steps < 100):
@@ -247,11 +246,11 @@ def told_sample(
         ids, labels = ids + words + said, labels + [-100] * len(words) + said
     return ids, labels
 
-# %% ../../nbs/lib/23_models.parts.ipynb #aa3ad6ba
+# %% ../../nbs/lib/23_models.parts.ipynb #72a4917f
 def train_language_model(
     scenes: list[Scene],  # training scenes
     seed: int,
-    steps: int = 2000,
+    steps: int = 2500,
 ) -> tuple[nn.Module, list[float]]:
     "(LlamaForCausalLM, loss curve), trained on words alone."
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -270,7 +269,7 @@ def train_language_model(
         ids, labels = (nn.utils.rnn.pad_sequence(list(values), True, fill) for values, fill in zip(zip(*told), (tokenizer.pad_token_id, -100)))
         return model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels, use_cache=False).loss
 
-    return model, fit([model], loss_of, steps, 3e-3, "language model", decay=0.0)
+    return model, fit([model], loss_of, steps, 3e-3, "language model")
 
 # %% ../../nbs/lib/23_models.parts.ipynb #e3d05243
 @torch.no_grad()
@@ -308,7 +307,7 @@ def patch_probe(
         shares[name] = float(probe.score(features[test][present[test]].numpy(), most[test][present[test]]))
     return shares
 
-# %% ../../nbs/lib/23_models.parts.ipynb #a85a93ed
+# %% ../../nbs/lib/23_models.parts.ipynb #db01f638
 def build_part(
     name: str,  # "encoder", "teacher_dense", "teacher_self_supervised" or "language_model"
     folder: Path,  # where to save it
@@ -320,7 +319,7 @@ def build_part(
     torch.set_num_threads(1)
     scenes, held = scenes_of("train", max(64, int(20000 * min(scale, 1))), 900 + seed, world), scenes_of("validation", 600, 900 + seed, world)
     if name == "language_model":
-        model, curve = train_language_model(scenes, seed, int(2000 * scale))
+        model, curve = train_language_model(scenes, seed, int(2500 * scale))
         model.save_pretrained(folder / name)
         word_tokenizer(vocabulary()).save_pretrained(folder / name)
         return {"curves": curve, "checksums": checksum(model), "told": told_accuracy(model, held)}
