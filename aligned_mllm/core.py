@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'InputError', 'data_folder', 'path_inside', 'whole_file', 'whole_folder', 'save_json', 'load_json',
-           'require_space', 'checksum', 'seed_everything', 'environment', 'peak_memory']
+           'require_space', 'checksum', 'seed_everything', 'environment', 'peak_memory', 'sole_owner']
 
 # %% ../nbs/lib/00_core.ipynb #c5db2014
 import hashlib
@@ -200,3 +200,25 @@ def peak_memory() -> float:
     except ImportError:  # Windows
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+# %% ../nbs/lib/00_core.ipynb #60a0a0d8
+@contextmanager
+def sole_owner(
+    folder: str | Path,  # made when it is not there
+    wanted: bool = True,  # False does nothing: for the other processes of the same run
+) -> Iterator[None]:
+    "Hold the file `lock` of a folder; raises InputError while another process holds it. Without effect where the system has no flock."
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        wanted = False
+    if not wanted:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / "lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another process", "one process at a time", "wait until it ends, or stop it") from None
+        yield

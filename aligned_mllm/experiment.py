@@ -6,9 +6,10 @@
 __all__ = ['QUICK', 'Plan', 'prepare_data', 'Job', 'jobs_of', 'steps_done', 'start_job', 'run_jobs', 'read_scores', 'read_curves',
            'read_costs', 'read_cknna', 'read_examples', 'unlearnt', 'experiment']
 
-# %% ../nbs/lib/85_experiment.ipynb #5240211f
+# %% ../nbs/lib/85_experiment.ipynb #3aa08f98
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .analysis.cknna import cknna_by_layer
 from .analysis.features import reference_features, visual_states
-from .core import InputError, data_folder, environment, load_json, require_space, save_json, whole_file
+from .core import InputError, data_folder, environment, load_json, require_space, save_json, sole_owner, whole_file
 from .data.records import Records, open_image
 from .data.scenes import Sizes, World, write_scenes
 from .data.sources import write_nlvr
@@ -126,7 +127,7 @@ def steps_done(
         return load_json(job.output / "done.json")["steps"]
     return load_json(job.output / "progress.json")["step"] if (job.output / "progress.json").is_file() else 0
 
-# %% ../nbs/lib/85_experiment.ipynb #8ded6743
+# %% ../nbs/lib/85_experiment.ipynb #c1aff3c6
 def start_job(
     job: Job,
     threads: int,  # for its arithmetic
@@ -135,9 +136,9 @@ def start_job(
     job.output.mkdir(parents=True, exist_ok=True)
     surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with open(job.output / "log.txt", "a", encoding="utf-8") as log:
-        return subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT, env=surroundings)
+        return subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True)
 
-# %% ../nbs/lib/85_experiment.ipynb #3ff6edfc
+# %% ../nbs/lib/85_experiment.ipynb #b8589240
 def run_jobs(
     jobs: list[Job],
     workers: int,  # runs at the same time
@@ -165,7 +166,7 @@ def run_jobs(
                 bar.update(sum(map(steps_done, jobs)) - bar.n)
         finally:
             for process in running.values():
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)
             for process in running.values():
                 process.wait()
 
@@ -282,7 +283,7 @@ def unlearnt(
             found.append(category)
     return found
 
-# %% ../nbs/lib/85_experiment.ipynb #5ee93f41
+# %% ../nbs/lib/85_experiment.ipynb #06dbbe84
 def experiment(
     folder: str | Path,  # where everything goes
     plan: Plan = Plan(),
@@ -306,7 +307,8 @@ def experiment(
             from aligned_mllm.models.parts import build_parts
 
             build_parts(folder / "parts" / f"seed{seed}", seed)
-    run_jobs(jobs_of(plan, folder), workers=max(1, min(os.cpu_count() or 1, 8)))
+    with sole_owner(folder):
+        run_jobs(jobs_of(plan, folder), workers=max(1, min(os.cpu_count() or 1, 8)))
     scores = read_scores(plan, folder)
     tables = {"scores": scores, "curves": read_curves(plan, folder), "cknna": read_cknna(plan, folder), "cost": read_costs(plan, folder)}
     for name, table in tables.items():

@@ -6,9 +6,9 @@
 __all__ = ['UNITS', 'CURVES', 'MAY_DIFFER', 'AlignConfig', 'parsed_setting', 'configured', 'AlignedModel', 'unit_counts',
            'with_targets', 'AlignTrainer', 'answer_accuracy', 'save_aligned', 'load_aligned', 'RunFolder',
            'last_checkpoint', 'words_of', 'student_of', 'teacher_of', 'mean_of_training_images', 'trainer_of',
-           'claim_folder', 'run', 'save_left_out', 'finish', 'main']
+           'claim_folder', 'run', 'carry_out', 'save_left_out', 'finish', 'main']
 
-# %% ../nbs/lib/51_train.ipynb #027658ff
+# %% ../nbs/lib/51_train.ipynb #896fcd77
 import argparse
 import csv
 import dataclasses
@@ -23,10 +23,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .core import InputError, checksum, data_folder, environment, load_json, peak_memory, require_space, save_json, seed_everything, whole_file, whole_folder
+from aligned_mllm.core import (
+    InputError, checksum, data_folder, environment, load_json, peak_memory, require_space, save_json, seed_everything, sole_owner, whole_file,
+    whole_folder,
+)  # fmt: skip
 from .data.collate import Collator, Samples, model_inputs
 from .data.records import Records, open_image
 from .models.compose import STAGES, add_lora, add_position_code, load_model, parameter_audit, train_only
@@ -411,7 +415,7 @@ def claim_folder(
 # %% ../nbs/lib/51_train.ipynb #383cee4b
 MAY_DIFFER = {"output_dir", "logging_dir", "data", "model", "local_rank", "disable_tqdm", "parts"}  # places, not choices
 
-# %% ../nbs/lib/51_train.ipynb #3f74296e
+# %% ../nbs/lib/51_train.ipynb #80b259df
 def run(
     name: str,  # a recipe
     data: str | Path,  # data folder
@@ -427,12 +431,21 @@ def run(
     if config.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
     trainer = trainer_of(config)
-    main = trainer.is_world_process_zero()
+    with sole_owner(output, trainer.is_world_process_zero()):
+        claim_folder(config, name, trainer.train_dataset.records)
+        carry_out(trainer)
+    return output
+
+# %% ../nbs/lib/51_train.ipynb #78d515c8
+def carry_out(
+    trainer: AlignTrainer,  # from `trainer_of`
+) -> None:
+    "Train from the last whole checkpoint or from the start, verify what had to stay frozen, and finish the run folder."
+    output, main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
     model, teacher = trainer.model, trainer.targets.teacher if trainer.targets else None
     audit = parameter_audit(model.student, {"alignment": model.objective} if model.objective is not None else None)
     frozen = {name: value for name, value in model.student.named_parameters() if not value.requires_grad}
     before = checksum(frozen)
-    claim_folder(config, name, trainer.train_dataset.records)
     if main:
         print(audit.to_string(), flush=True)
         save_json(audit.T.to_dict(), output / "parameters.json")
@@ -447,7 +460,6 @@ def run(
         save_json({"name": teacher.name, "before": teacher.seal, "after": teacher.verify()} if teacher else {}, output / "teachers.json")
         finish(trainer, {"seconds": seconds, "resumed": checkpoint is not None, **result.metrics})
     trainer.accelerator.wait_for_everyone()
-    return output
 
 # %% ../nbs/lib/51_train.ipynb #5ec253cb
 def save_left_out(
@@ -479,7 +491,7 @@ def finish(
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
 
-# %% ../nbs/lib/51_train.ipynb #4516bf91
+# %% ../nbs/lib/51_train.ipynb #3a1ac13f
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
@@ -496,7 +508,7 @@ def main(
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"aligned_mllm: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f"aligned_mllm: {error}. The run folder keeps its last whole checkpoint; run the same command again", file=sys.stderr)
         return 3
     return 0

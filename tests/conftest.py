@@ -14,9 +14,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 
 
 def train_command(recipe: str, data: Path, output: Path, *settings: str, processes: int = 1) -> list[str]:
-    "`accelerate launch -m aligned_mllm.train ...`, on CPU."
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
+    "`accelerate launch -m aligned_mllm.train ...`, on CPU. With --cpu alone accelerate starts one process, however many are asked for."
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu" if processes > 1 else "--cpu",
+              "--num_processes", str(processes), "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "aligned_mllm.train"]  # fmt: skip
+    settings = (*settings, "use_cpu=true")
     return [*launch, "--recipe", recipe, "--data", str(data), "--output", str(output), *(part for text in settings for part in ("--set", text))]
 
 

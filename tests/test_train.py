@@ -1,6 +1,7 @@
 "Training: what is trained, exact normalisation, interruption, processes, export, faults."
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def test_exactly_the_right_parameters_train(small_data, tmp_path, recipe, change
     trainer.train()
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {name for name, value in trainer.model.named_parameters() if value.requires_grad}
-    kinds = {"vision_tower": "vision_tower", "multi_modal_projector": "projector", "language_model": "language_model", "lm_head": "language_model", "objective": "alignment"}
+    kinds = {"vision_tower": "vision_tower", "multi_modal_projector": "projector", "language_model": "language_model", "lm_head": "language_model",
+             "objective": "alignment"}  # fmt: skip
     assert {next(kinds[key] for key in kinds if key in name) for name in moved} == changed
 
 
@@ -75,7 +77,7 @@ def test_killed_and_run_again_is_bit_equal(small_data, tmp_path):
     while not list((tmp_path / "killed").glob("checkpoint-*/whole.json")):
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.02)
-    subprocess.run(["kill", "-KILL", f"-{process.pid}"], check=True)
+    os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "done.json").exists()
     again = train("scenes_viral", small_data, tmp_path / "killed", *words)
     assert again.returncode == 0 and load_json(tmp_path / "killed" / "done.json")["resumed"]
