@@ -27,12 +27,13 @@ SMALL = {
     "align_projector_width": 128,
 }
 
-# %% ../nbs/lib/50_recipes.ipynb #b8735a0b
+# %% ../nbs/lib/50_recipes.ipynb #465e824e
 SETTINGS = {
     "scenes_stage1": {**SMALL, "stage": 1, "records": "captions.jsonl", "learning_rate": 3e-3, "max_steps": 300},
     "scenes": {**SMALL, "stage": 2, "evaluation_records": "validation.jsonl", "eval_steps": 100, "learning_rate": 2e-3, "max_steps": 600},
-    "nlvr_stage1": {**SMALL, "stage": 1, "records": "drawn.jsonl", "learning_rate": 3e-3, "max_steps": 300},
-    "nlvr": {**SMALL, "stage": 2, "evaluation_records": "validation.jsonl", "eval_steps": 200, "learning_rate": 1e-3, "max_steps": 1200},
+    "nlvr_stage1": {**SMALL, "stage": 3, "records": "descriptions.jsonl", "words_from": ["mixed.jsonl"], "learning_rate": 1.5e-3, "max_steps": 1000},
+    "nlvr": {**SMALL, "stage": 2, "records": "mixed.jsonl", "evaluation_records": "validation.jsonl", "eval_steps": 200, "learning_rate": 1.5e-3,
+             "max_steps": 1200},
 }
 
 # %% ../nbs/lib/50_recipes.ipynb #916dd59b

@@ -279,13 +279,13 @@ def load_aligned(
     if model.objective is not None:
         model.objective.load_state_dict(load_file(folder / "alignment.safetensors"))
 
-# %% ../nbs/lib/51_train.ipynb #bd584ec5
+# %% ../nbs/lib/51_train.ipynb #7684a064
 class RunFolder(TrainerCallback):
     "Keeps curves.csv and progress.json up to date and marks whole checkpoints."
 
     def on_log(self, args, state, control, **keywords):
         if state.is_world_process_zero:
-            rows = [(line["step"], name, value) for line in state.log_history for name, value in line.items() if name.startswith(CURVES)]
+            rows = [(line["step"], name, value) for line in state.log_history for name, value in sorted(line.items()) if name.startswith(CURVES)]
             with whole_file(Path(args.output_dir) / "curves.csv") as path, open(path, "w", newline="") as handle:
                 csv.writer(handle).writerows([("step", "name", "value"), *((step, name.removeprefix("eval_"), value) for step, name, value in rows)])
 
