@@ -95,12 +95,12 @@ def statements(made):
 
 
 def real_folder():
-    "NLVR itself, from NLVR_FOLDER or beside the repository; skips where neither is there."
-    places = [os.environ.get("NLVR_FOLDER"), Path(__file__).resolve().parents[2] / "shared" / "nlvr"]
-    for place in filter(None, places):
-        if any((Path(place) / inner / "dev" / "dev.json").is_file() for inner in ("", "nlvr")):
-            return Path(place)
-    pytest.skip("NLVR is not here: clone https://github.com/lil-lab/nlvr and set NLVR_FOLDER to it")
+    "NLVR itself, from NLVR_FOLDER; skips without."
+    place = Path(os.environ.get("NLVR_FOLDER", ""))
+    if "NLVR_FOLDER" not in os.environ:
+        pytest.skip("NLVR is not here: clone https://github.com/lil-lab/nlvr and set NLVR_FOLDER to it")
+    assert any((place / inner / "dev" / "dev.json").is_file() for inner in ("", "nlvr")), f"NLVR_FOLDER={place} holds no NLVR"
+    return place
 
 
 # ---- reading
