@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'Plan', 'prepare_data', 'Job', 'jobs_of', 'check_jobs', 'steps_done', 'start_job', 'run_jobs', 'read_scores',
-           'read_curves', 'read_costs', 'read_cknna', 'read_examples', 'unlearnt', 'experiment']
+           'read_curves', 'read_costs', 'read_cknna', 'read_examples', 'unlearnt', 'limits_of', 'experiment']
 
-# %% ../nbs/lib/85_experiment.ipynb #5ecb3584
+# %% ../nbs/lib/85_experiment.ipynb #8d202085
 import json
 import os
 import signal
@@ -30,7 +30,7 @@ from .evals.task import score_run
 from .models.compose import load_model
 from .models.parts import build_parts
 from .recipes import ABOUT, ARMS, recipe
-from .report import report
+from .report import LIMITS, report
 from .teachers.vision import encoder_teacher, load_teacher
 from .train import configured, trainer_of
 
@@ -260,7 +260,7 @@ def read_cknna(
         tables.append(pd.read_csv(kept).assign(seed=seed, arm=arm))
     return pd.concat(tables)[["seed", "arm", "layer", "reference", "value", "null_low", "null_high"]]
 
-# %% ../nbs/lib/85_experiment.ipynb #7456c853
+# %% ../nbs/lib/85_experiment.ipynb #ddc6587c
 def read_examples(
     plan: Plan,
     folder: Path,  # the experiment's
@@ -276,9 +276,9 @@ def read_examples(
     ranked = ranked.assign(turn=ranked.groupby("category").cumcount()).sort_values("turn", kind="stable")
     for index in ranked.index[:count]:
         row = first.loc[index]
-        image = os.path.relpath(data / records[index].images[0], folder)
+        images = [os.path.relpath(data / name, folder) for name in records[index].images]
         question = row.question.replace("<image>", "").strip()
-        chosen.append({"image": image, "question": question, "expected": row.expected, "category": row.category,
+        chosen.append({"images": images, "question": question, "expected": row.expected, "category": row.category,
                        "answers": {arm: str(table.loc[index, arm]) for arm in plan.arms}})  # fmt: skip
     return chosen
 
@@ -298,7 +298,19 @@ def unlearnt(
             found.append(category)
     return found
 
-# %% ../nbs/lib/85_experiment.ipynb #e33234ee
+# %% ../nbs/lib/85_experiment.ipynb #cb117da3
+def limits_of(
+    plan: Plan,
+) -> list[str]:
+    "The limits of an experiment in sentences, for its report."
+    mean, seeds, teacher, one_each, scale = LIMITS
+    varied = "Encoder, teachers and language model were trained anew for every seed, so the intervals include how another set would behave."
+    if plan.recipe == "nlvr":
+        teacher = "Encoder, teacher and language model come from drawn scenes: NLVR's drawings and words were new to them, and the teacher was left as it was."
+        scale = "NLVR in small: boxes of 40 pixels, a language model of a third of a million weights, each test statement shown in one of its six orders."
+    return [mean, seeds, teacher, varied if plan.vary_parts else one_each, scale]
+
+# %% ../nbs/lib/85_experiment.ipynb #71760a53
 def experiment(
     folder: str | Path,  # where everything goes
     plan: Plan = Plan(),
@@ -319,7 +331,7 @@ def experiment(
     check_jobs(plan, folder)
     chosen = recipe(f"{plan.recipe}_viral")
     save_json({"recipe": plan.recipe, "seeds": list(range(plan.seeds)), "arms": list(plan.arms), "about": {arm: ABOUT.get(arm, arm) for arm in plan.arms},
-               "command": command, "settings": settings, "environment": environment(), "layers": 6, "aligned_layer": chosen["align_layers"][0],
+               "command": command, "settings": settings, "limits": limits_of(plan), "environment": environment(), "aligned_layer": chosen["align_layers"][0],
                "parts": load_json(data_folder() / "parts" / "parts.json")["checksums"]}, folder / "plan.json")  # fmt: skip
     with sole_owner(folder):
         run_jobs(jobs_of(plan, folder), workers=max(1, min(os.cpu_count() or 1, 8)))

@@ -236,7 +236,7 @@ def _picture(folder: Path, name: str) -> str:
         image.convert("RGB").save(stream, format="PNG")
         return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
-# %% ../nbs/lib/82_report.ipynb #4c30ea7b
+# %% ../nbs/lib/82_report.ipynb #8aa31448
 def _section_examples(folder: Path, found: dict) -> str:
     "One card per example: image, question, right answer, the arms' answers with check or cross."
     cards = []
@@ -249,8 +249,10 @@ def _section_examples(folder: Path, found: dict) -> str:
             mark = "<b class=right>✓ right</b>" if right else "<b class=wrong>✗ wrong</b>"
             answers.append(f"<tr><td>{escape(style(arm)[0])}</td><td>{escape(str(answer))}</td><td class=mark>{mark}</td></tr>")
         question = str(example["question"]).replace("<image>", "").strip()
+        width = 160 if len(example["images"]) == 1 else 240 // len(example["images"])
+        pictures = "".join(f'<img src="{_picture(folder, name)}" width={width} alt="picture">' for name in example["images"])
         cards.append(
-            f'<div class=card><img src="{_picture(folder, example["image"])}" alt="scene"><p><span class=type>'
+            f"<div class=card>{pictures}<p><span class=type>"
             f"{escape(str(example['category']))}</span><br><b>{escape(question)}</b><br>"
             f"right answer: <b>{escape(expected)}</b></p><table class=answers>{''.join(answers)}</table></div>"
         )
@@ -305,7 +307,7 @@ def _section_end(found: dict) -> str:
     return (f"<h2>How to read this, and its limits</h2><ol>{limits}</ol><h2>Cost</h2>{cost}<h2>To repeat it</h2>"
             f"<table class=words>{rows}</table><details><summary>All settings</summary><pre>{settings}</pre></details>")
 
-# %% ../nbs/lib/82_report.ipynb #5fdba0cd
+# %% ../nbs/lib/82_report.ipynb #c791489d
 CSS = """
 body { margin: 0; background: #fff; color: #222; font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 main { max-width: 960px; margin: 0 auto; padding: 28px 20px 60px; }
@@ -324,7 +326,7 @@ figure { margin: 14px 0; } code, pre { font: 13px/1.5 ui-monospace, Menlo, Conso
 pre { background: #f6f6f6; padding: 12px; white-space: pre-wrap; } summary { cursor: pointer; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 18px; }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 14px; }
-.card img { width: 160px; image-rendering: pixelated; display: block; }
+.card img { image-rendering: pixelated; margin-right: 4px; }
 .card p { margin: 8px 0 4px; }
 .answers { width: 100%; font-size: 14px; margin: 4px 0 0; } .answers td { border: 0; padding: 1px 8px 1px 0; }
 .mark { white-space: nowrap; width: 4.5em; }

@@ -151,7 +151,7 @@ def experiment(folder, scores=None, **files):
     pd.DataFrame([(seed, arm, "instruction", 60 + 2 * seed, 500.0, 12345, 300.0) for seed in (0, 1) for arm in PLAN["arms"]],
                  columns=["seed", "arm", "stage", "seconds", "samples_per_second", "trainable_parameters", "peak_memory_mib"],
                  ).to_csv(folder / "cost.csv", index=False)
-    example = {"image": "images/0.png", "question": "<image>\ncount circle", "expected": "2", "category": "count",
+    example = {"images": ["images/0.png"], "question": "<image>\ncount circle", "expected": "2", "category": "count",
                "answers": {"plain": "1", "viral": "2 ", "other_image": "2"}}
     save_json(files.get("examples", [example]), folder / "examples.json")
     save_json(files.get("unlearnt", []), folder / "unlearnt.json")
@@ -223,7 +223,7 @@ def test_nothing_is_fetched(page):
 
 def test_hostile_text_is_shown_and_not_run(tmp_path, page):
     scores = table({"viral": 6, "other_image": 8, HOSTILE: 1}, categories=("count", HOSTILE))
-    example = {"image": "images/0.png", "question": HOSTILE, "expected": HOSTILE, "category": HOSTILE,
+    example = {"images": ["images/0.png"], "question": HOSTILE, "expected": HOSTILE, "category": HOSTILE,
                "answers": {"plain": HOSTILE}}
     plan = {**PLAN, "recipe": HOSTILE, "arms": [*PLAN["arms"], HOSTILE, "not " + HOSTILE], "command": HOSTILE,
             "settings": {HOSTILE: HOSTILE}, "environment": {"commit": HOSTILE, "versions": {HOSTILE: HOSTILE}},
@@ -258,7 +258,7 @@ def test_one_seed_and_one_arm_make_a_page(tmp_path):
 
 
 def test_images_stay_inside_the_folder(tmp_path):
-    example = {"image": "../../secret.png", "question": "q", "expected": "a", "category": "c", "answers": {}}
+    example = {"images": ["../../secret.png"], "question": "q", "expected": "a", "category": "c", "answers": {}}
     folder = experiment(tmp_path / "outside", examples=[example])
     with pytest.raises(InputError, match="leads out of"):
         report(folder)

@@ -32,7 +32,7 @@ def is_right(
     plain = [text.strip().removesuffix(".").strip().lower() for text in (answer, expected)]
     return plain[0] == plain[1]
 
-# %% ../../nbs/lib/60_evals.task.ipynb #8beff396
+# %% ../../nbs/lib/60_evals.task.ipynb #c8f2fe20
 @torch.inference_mode()
 def answers_of(
     model: nn.Module,  # an image-text model of transformers
@@ -45,7 +45,7 @@ def answers_of(
     "Greedy answers to the last question of each record: id, category, question, expected, answer, correct."
     samples = Samples(records, processor, with_images=with_images, with_last_answer=False, cache_mib=0)
     collate, rows, model = Collator(processor.tokenizer.pad_token_id, side="left"), [], model.eval()
-    for start in tqdm(range(0, len(samples), batch_size), desc="asking", disable=len(samples) < 4 * batch_size):
+    for start in tqdm(range(0, len(samples), batch_size), desc="questions", leave=False, disable=len(samples) < 4 * batch_size):
         indices = range(start, min(start + batch_size, len(samples)))
         batch = collate([samples[index] for index in indices])
         inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
