@@ -26,8 +26,8 @@ experiment: .venv/ready  ## the main job: train, score, measure, report (ARGS="-
 quick: .venv/ready  ## the same in a minute, too short to mean anything
 	$(BIN)/aligned-mllm experiment --quick $(ARGS)
 
-lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only
-	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs
+lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARGS="--port 9999 --allow-root", ...)
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(ARGS)
 
 test: .venv/ready browser  ## everything that must hold: notebooks, tests, export
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'Plan', 'prepare_data', 'Job', 'jobs_of', 'check_jobs', 'steps_done', 'start_job', 'run_jobs', 'read_scores',
-           'read_curves', 'read_costs', 'read_cknna', 'read_examples', 'unlearnt', 'limits_of', 'experiment']
+           'read_curves', 'read_costs', 'read_cknna', 'read_examples', 'unlearnt', 'limits_of', 'joined_plan',
+           'settings_of', 'record_of', 'worker_count', 'experiment']
 
-# %% ../nbs/lib/85_experiment.ipynb #8d202085
+# %% ../nbs/lib/85_experiment.ipynb #d991dfe5
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 import transformers
 from tqdm.auto import tqdm
 
@@ -24,17 +26,17 @@ from .analysis.cknna import cknna_by_layer
 from .analysis.features import reference_features, visual_states
 from .core import InputError, data_folder, environment, load_json, require_space, save_json, sole_owner, whole_file
 from .data.records import Records, open_image
-from .data.scenes import Sizes, World, write_scenes
-from .data.sources import write_nlvr
+from .data.scenes import Sizes, choices_of, write_scenes
+from .data.sources import nlvr_choices, write_nlvr
 from .evals.task import score_run
 from .models.compose import load_model
 from .models.parts import build_parts
-from .recipes import ABOUT, ARMS, recipe
+from .recipes import ABOUT, ARMS, VIRAL, recipe
 from .report import LIMITS, report
 from .teachers.vision import encoder_teacher, load_teacher
 from .train import configured, trainer_of
 
-# %% ../nbs/lib/85_experiment.ipynb #60f73457
+# %% ../nbs/lib/85_experiment.ipynb #cac466b5
 @dataclass(frozen=True)
 class Plan:
     "What an experiment does. `settings` go to every run of stage 2; sizes and worlds are the data's."
@@ -53,6 +55,11 @@ class Plan:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or "plain" not in self.arms or len(set(self.arms)) < len(self.arms):
             raise InputError(f"arms {list(self.arms)}", f"different arms, 'plain' among them, from {list(ARMS)}", "correct --arms")
+        own = {key: arm for arm in (*self.arms, "blind") for key, value in ARMS.get(arm, {}).items() if value != VIRAL.get(key)}
+        taken = [key for key in self.settings if key in {**own, **dict.fromkeys(("seed", "model", "parts", "data", "output_dir", "words_from", "stage"))}]
+        if taken:
+            raise InputError(f"settings {taken} for all arms", "settings that neither define an arm nor belong to the experiment",
+                             f"leave them out{', or leave out the arm ' + own[taken[0]] if taken[0] in own else ''}")  # fmt: skip
         if self.recipe not in ("scenes", "nlvr"):
             raise InputError(f"recipe {self.recipe!r} for an experiment", "'scenes' or 'nlvr'", "correct --recipe")
         if self.recipe == "nlvr" and not self.source:
@@ -68,18 +75,21 @@ QUICK = {
     "stage1": {"max_steps": 20, "logging_steps": 5, "save_steps": 10},
 }
 
-# %% ../nbs/lib/85_experiment.ipynb #341f444d
+# %% ../nbs/lib/85_experiment.ipynb #81e7c76d
 def prepare_data(
     plan: Plan,
     folder: Path,  # the experiment's
     seed: int,
 ) -> Path:
     "The data folder of a seed, made when it is not there. NLVR is fixed: all seeds share it."
-    if plan.recipe == "nlvr":
-        data = folder / "data" / "nlvr"
-        return data if (data / "train.jsonl").is_file() else write_nlvr(plan.source, data, "boxes", fresh=plan.fresh)
-    data = folder / "data" / f"seed{seed}"
-    return data if (data / "train.jsonl").is_file() else write_scenes(data, seed, plan.sizes, World())
+    nlvr = plan.recipe == "nlvr"
+    data, note = folder / "data" / ("nlvr" if nlvr else f"seed{seed}"), "nlvr.json" if nlvr else "scenes.json"
+    wanted = nlvr_choices("boxes", fresh=plan.fresh) if nlvr else choices_of(seed, plan.sizes)
+    if (data / note).is_file() and load_json(data / note) != wanted:
+        raise InputError(f"{data} was made for another plan", f"{note} with {wanted}", "choose another --output, or delete the folder")
+    if (data / note).is_file():
+        return data
+    return write_nlvr(plan.source, data, "boxes", fresh=plan.fresh) if nlvr else write_scenes(data, seed, plan.sizes)
 
 # %% ../nbs/lib/85_experiment.ipynb #d7b23dd6
 @dataclass(frozen=True, eq=False)
@@ -104,7 +114,7 @@ class Job:
     def done(self) -> bool:
         return (self.output / "done.json").is_file()
 
-# %% ../nbs/lib/85_experiment.ipynb #313f7317
+# %% ../nbs/lib/85_experiment.ipynb #ff46529b
 def jobs_of(
     plan: Plan,
     folder: Path,  # the experiment's
@@ -118,7 +128,8 @@ def jobs_of(
         stage1 = folder / f"seed{seed}" / "stage1"
         jobs.append(Job(stage1, f"{plan.recipe}_stage1", data, {**common, **plan.stage1}))
         for arm in dict.fromkeys((*plan.arms, "blind")):
-            settings = {**common, "model": str(stage1 / "model"), **plan.settings}
+            chosen = {key: value for key, value in plan.settings.items() if "align_weight" in ARMS[arm] or not (key.startswith("align_") or key == "teacher")}
+            settings = {**common, "model": str(stage1 / "model"), **chosen}
             jobs.append(Job(folder / f"seed{seed}" / arm, f"{plan.recipe}_{arm}", data, settings, stage1))
     return jobs
 
@@ -214,7 +225,7 @@ def read_curves(
             parts.append(pd.read_csv(folder / f"seed{seed}" / arm / "curves.csv").assign(seed=seed, arm=arm))
     return pd.concat(parts)[["seed", "arm", "step", "name", "value"]]
 
-# %% ../nbs/lib/85_experiment.ipynb #89b7a177
+# %% ../nbs/lib/85_experiment.ipynb #fcc9a6e6
 def read_costs(
     plan: Plan,
     folder: Path,  # the experiment's
@@ -224,23 +235,23 @@ def read_costs(
     for job in jobs_of(plan, folder):
         facts, audit = load_json(job.output / "done.json"), load_json(job.output / "parameters.json")
         rows.append({"seed": job.settings["seed"], "arm": job.output.name, "stage": 1 if job.after is None else 2, "seconds": round(facts["seconds"], 1),
-                     "samples_per_second": round(facts["train_samples_per_second"], 1),
+                     "samples_per_second": round(facts["samples_per_second"], 1),
                      "peak_memory_mib": facts["peak_memory_mib"], "trainable_parameters": sum(part["trained"] for part in audit.values())})  # fmt: skip
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/85_experiment.ipynb #7c7d892a
+# %% ../nbs/lib/85_experiment.ipynb #5a0f0a5d
 def read_cknna(
     plan: Plan,
     folder: Path,  # the experiment's
     pictures: int = 80,  # test pictures looked at
     neighbours: int = 10,  # k
-    permutations: int = 20,  # for the null
+    permutations: int = 100,  # for the null
 ) -> pd.DataFrame:
     "CKNNA of each run's visual tokens to the encoder and to the dense teacher, by layer, with its permutation null."
     tables = []
     arms = [(seed, arm) for seed in range(plan.seeds) for arm in plan.arms]
     for seed, arm in tqdm(arms, desc="CKNNA"):
-        kept = folder / f"seed{seed}" / arm / "cknna.csv"
+        kept = folder / f"seed{seed}" / arm / f"cknna_k{neighbours}_{pictures}pictures_{permutations}shuffles.csv"
         if not kept.is_file():
             data = prepare_data(plan, folder, seed)
             records = Records(data / "test.jsonl", data, check_images=False)
@@ -254,11 +265,11 @@ def read_cknna(
             for reference, teacher in teachers.items():
                 side = round((len(states[0]) / len(images)) ** 0.5)
                 features = reference_features(teacher, images, side).flatten(0, 1)
-                found.append(cknna_by_layer(states, features, k=neighbours, permutations=permutations, seed=seed).assign(reference=reference))
+                found.append(cknna_by_layer(states, features, k=neighbours, permutations=permutations, seed=seed).assign(reference=reference, k=neighbours, n=len(features)))
             with whole_file(kept) as path:
                 pd.concat(found).to_csv(path, index=False)
-        tables.append(pd.read_csv(kept).assign(seed=seed, arm=arm))
-    return pd.concat(tables)[["seed", "arm", "layer", "reference", "value", "null_low", "null_high"]]
+        tables.append(pd.read_csv(kept).assign(seed=seed, arm=arm, permutations=permutations))
+    return pd.concat(tables)[["seed", "arm", "layer", "reference", "value", "null_low", "null_high", "k", "n", "permutations"]]
 
 # %% ../nbs/lib/85_experiment.ipynb #ddc6587c
 def read_examples(
@@ -310,7 +321,49 @@ def limits_of(
         scale = "NLVR in small: boxes of 40 pixels, a language model of a third of a million weights, each test statement shown in one of its six orders."
     return [mean, seeds, teacher, varied if plan.vary_parts else one_each, scale]
 
-# %% ../nbs/lib/85_experiment.ipynb #71760a53
+# %% ../nbs/lib/85_experiment.ipynb #0b5723c3
+def joined_plan(
+    plan: Plan,
+    folder: Path,  # the experiment's
+) -> Plan:
+    "The plan and all arms and seeds that its folder was asked for before. Raises InputError for a folder with other settings."
+    if not (folder / "plan.json").is_file():
+        return plan
+    before = load_json(folder / "plan.json")
+    if before["settings"] != settings_of(plan):
+        raise InputError(f"{folder} holds an experiment with other settings", "the same settings, or an empty folder", "choose another --output, or delete the folder")
+    return replace(plan, arms=tuple(dict.fromkeys((*before["arms"], *plan.arms))), seeds=max(plan.seeds, len(before["seeds"])))
+
+# %% ../nbs/lib/85_experiment.ipynb #90af65ea
+def settings_of(
+    plan: Plan,
+) -> dict:
+    "What two calls must have in common to be one experiment, ready for JSON: all but arms and seeds."
+    chosen = {"recipe": plan.recipe, "settings": plan.settings, "stage1": plan.stage1, "sizes": vars(plan.sizes), "fresh": plan.fresh, "vary_parts": plan.vary_parts}
+    return json.loads(json.dumps(chosen))
+
+# %% ../nbs/lib/85_experiment.ipynb #e0f48a40
+def record_of(
+    plan: Plan,
+    command: str,  # what the user typed
+) -> dict:
+    "All that the report says of a plan, as plan.json keeps it."
+    steps = plan.settings.get("max_steps", recipe(f"{plan.recipe}_viral")["max_steps"])
+    return {
+        "recipe": plan.recipe, "seeds": list(range(plan.seeds)), "arms": list(plan.arms), "about": {arm: ABOUT.get(arm, "") for arm in plan.arms},
+        "command": command, "settings": settings_of(plan), "limits": limits_of(plan), "environment": environment(),
+        "warning": f"Far too short to mean anything: {steps} steps. It shows that everything works." if steps < 200 else "",
+        "aligned_layer": plan.settings.get("align_layers", VIRAL["align_layers"])[0],
+        "parts": load_json(data_folder() / "parts" / "parts.json")["checksums"],
+    }  # fmt: skip
+
+# %% ../nbs/lib/85_experiment.ipynb #615cca83
+def worker_count() -> int:
+    "How many runs to train at the same time."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if torch.cuda.is_available() else max(1, min(cores, 8))
+
+# %% ../nbs/lib/85_experiment.ipynb #85a06233
 def experiment(
     folder: str | Path,  # where everything goes
     plan: Plan = Plan(),
@@ -318,30 +371,24 @@ def experiment(
 ) -> Path:
     "Run a plan, or go on with it; returns the report's path. Raises InputError for a folder that holds another plan."
     folder, start = Path(folder), time.perf_counter()
-    settings = json.loads(json.dumps({"recipe": plan.recipe, "settings": plan.settings, "stage1": plan.stage1, "sizes": vars(plan.sizes),
-                                      "fresh": plan.fresh, "vary_parts": plan.vary_parts}))  # fmt: skip
-    if (folder / "plan.json").is_file() and load_json(folder / "plan.json")["settings"] != settings:
-        raise InputError(f"{folder} holds an experiment with other settings", "the same settings, or an empty folder", "choose another --output, or delete the folder")
     transformers.utils.logging.disable_progress_bar()
+    plan = joined_plan(plan, folder)
     require_space(folder, 2**28 + plan.seeds * len(plan.arms) * 2**24)
-    for seed in tqdm(range(plan.seeds), desc="preparing data"):
-        prepare_data(plan, folder, seed)
-        if plan.vary_parts and not (folder / "parts" / f"seed{seed}" / "parts.json").is_file():
-            build_parts(folder / "parts" / f"seed{seed}", seed)
-    check_jobs(plan, folder)
-    chosen = recipe(f"{plan.recipe}_viral")
-    save_json({"recipe": plan.recipe, "seeds": list(range(plan.seeds)), "arms": list(plan.arms), "about": {arm: ABOUT.get(arm, arm) for arm in plan.arms},
-               "command": command, "settings": settings, "limits": limits_of(plan), "environment": environment(), "aligned_layer": chosen["align_layers"][0],
-               "parts": load_json(data_folder() / "parts" / "parts.json")["checksums"]}, folder / "plan.json")  # fmt: skip
     with sole_owner(folder):
-        run_jobs(jobs_of(plan, folder), workers=max(1, min(os.cpu_count() or 1, 8)))
-    scores = read_scores(plan, folder)
-    tables = {"scores": scores, "curves": read_curves(plan, folder), "cknna": read_cknna(plan, folder), "cost": read_costs(plan, folder)}
-    for name, table in tables.items():
-        with whole_file(folder / f"{name}.csv") as path:
-            table.to_csv(path, index=False)
-    save_json(read_examples(plan, folder), folder / "examples.json")
-    save_json(unlearnt(scores), folder / "unlearnt.json")
-    page = report(folder)
+        for seed in tqdm(range(plan.seeds), desc="preparing data"):
+            prepare_data(plan, folder, seed)
+            if plan.vary_parts and not (folder / "parts" / f"seed{seed}" / "parts.json").is_file():
+                build_parts(folder / "parts" / f"seed{seed}", seed)
+        check_jobs(plan, folder)
+        save_json(record_of(plan, command), folder / "plan.json")
+        run_jobs(jobs_of(plan, folder), workers=worker_count())
+        scores = read_scores(plan, folder)
+        tables = {"scores": scores, "curves": read_curves(plan, folder), "cknna": read_cknna(plan, folder), "cost": read_costs(plan, folder)}
+        for name, table in tables.items():
+            with whole_file(folder / f"{name}.csv") as path:
+                table.to_csv(path, index=False)
+        save_json(read_examples(plan, folder), folder / "examples.json")
+        save_json(unlearnt(scores), folder / "unlearnt.json")
+        page = report(folder)
     print(f"{time.perf_counter() - start:.0f} s in this call")
     return page

@@ -236,7 +236,7 @@ def loss_figure(
     up = [name.removeprefix("loss_").replace("_", " ") + " loss" * (name != "loss") for name in names]
     return _finish(figure, "training step", [_safe(name) for name in up])
 
-# %% ../nbs/lib/80_plots.ipynb #57c0f1e5
+# %% ../nbs/lib/80_plots.ipynb #6fd2f157
 def cknna_figure(
     cknna: pd.DataFrame,  # columns seed, arm, layer, reference, value, null_low, null_high
     arms: list[str],  # the arms to draw, in order
@@ -248,6 +248,8 @@ def cknna_figure(
         _rows(cknna, arm, "cknna")
     references = list(cknna.reference.unique())
     subtitle = "thick: mean over seeds; thin: seeds; band: lowest to highest; grey: chance"
+    if {"k", "n", "permutations"} <= set(cknna.columns):
+        subtitle += f" ({cknna.permutations.iloc[0]} shuffles); k = {cknna.k.iloc[0]} of n = {cknna.n.iloc[0]} tokens"
     figure = _figure("Shared neighbours, layer by layer (CKNNA)", subtitle)
     figure.set_subplots(rows=1, cols=len(references), horizontal_spacing=0.1)
     for column, reference in enumerate(references, start=1):

@@ -64,10 +64,10 @@ ARMS = {
     **{f"other_image_{count}": {**VIRAL, "align_target": "other_image", "first_records": count} for count in (600, 1200)},
 }
 
-# %% ../nbs/lib/50_recipes.ipynb #b6cfa05f
+# %% ../nbs/lib/50_recipes.ipynb #f047e4c5
 ABOUT = {
     "plain": "text loss only",
-    "viral": "VIRAL: layer 3 aligned to the dense teacher",
+    "viral": "VIRAL: a middle layer aligned to the dense teacher",
     "other_image": "control: the same, the teacher shown another image",
     "blind": "trained and asked without images",
     "position_mean": "control: the target is the teacher's mean at each position",
@@ -82,6 +82,11 @@ ABOUT = {
     "lora": "text loss only, LoRA",
     "lora_viral": "VIRAL, LoRA",
     "lora_other_image": "control: other image, LoRA",
+    **{f"viral_layer{layer}": f"VIRAL at layer {layer}" for layer in (0, 1, 2, 4, 5, 6)},
+    **{f"viral_weight{weight}": f"VIRAL with lambda = {weight}" for weight in (0.1, 0.25, 1.0, 2.0)},
+    **{f"plain_{count}": f"text loss only, the first {count} records" for count in (600, 1200)},
+    **{f"viral_{count}": f"VIRAL, the first {count} records" for count in (600, 1200)},
+    **{f"other_image_{count}": f"control: other image, the first {count} records" for count in (600, 1200)},
 }
 
 # %% ../nbs/lib/50_recipes.ipynb #4bad9966

@@ -75,7 +75,7 @@ def _gain_sentence(scores: pd.DataFrame) -> str:
     return (f"VIRAL shows no gain over plain training: {_signed(mean)} points ({basis}, which includes zero); "
             f"by question type, a difference is clear on {clear or 'none'}.")
 
-# %% ../nbs/lib/82_report.ipynb #126e7496
+# %% ../nbs/lib/82_report.ipynb #cf27ad0a
 def _control_sentence(scores: pd.DataFrame) -> str:
     "What the control does by comparison, and what follows for the cause of the gain."
     gain, control = _change(scores, "viral", "plain"), _change(scores, "other_image", "plain")
@@ -89,9 +89,10 @@ def _control_sentence(scores: pd.DataFrame) -> str:
         return f"{told}."
     if low > 0:
         return f"{told}: VIRAL beats the control, and by this much the gain comes from what the teacher saw in this image."
-    if mean <= 0 or control[1] > 0:
-        sure = "" if high < 0 else f", as far as {seeds} seeds can tell"
-        return f"{told}: the gain does not come from what the teacher saw in this image{sure}."
+    if high <= 0:
+        return f"{told}: the gain does not come from what the teacher saw in this image."
+    if control[1] > 0 and high < gain[0]:
+        return f"{told}: that it matters what the teacher saw in this image is not shown, and at most {high:.1f} of the {gain[0]:.1f} points can come from it."
     return f"{told}: whether the gain comes from what the teacher saw in this image, {seeds} seeds cannot tell."
 
 # %% ../nbs/lib/82_report.ipynb #dbccae61
@@ -169,11 +170,11 @@ def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     "The table with its index of arms as a first column of labels."
     return table.rename(index=lambda arm: style(arm)[0]).rename_axis("arm").reset_index()
 
-# %% ../nbs/lib/82_report.ipynb #a46a2df6
+# %% ../nbs/lib/82_report.ipynb #80238819
 def _section_scores(found: dict) -> str:
     "What was compared, the table of scores and the figures of scores and differences."
     arms, scores = found["arms"], found["scores"]
-    lines = {arm: DESCRIPTIONS.get(arm, "Described in the settings below.") for arm in found["rows"]}
+    lines = {arm: DESCRIPTIONS.get(arm, found["plan"].get("about", {}).get(arm, "Not described.")) for arm in found["rows"]}
     compared = pd.DataFrame({"what it is": lines})
     parts = ["<h2>What was compared</h2>", _table(_labelled(compared), "words")]
     if found["unfinished"]:
@@ -236,7 +237,7 @@ def _picture(folder: Path, name: str) -> str:
         image.convert("RGB").save(stream, format="PNG")
         return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
-# %% ../nbs/lib/82_report.ipynb #8aa31448
+# %% ../nbs/lib/82_report.ipynb #123e04e6
 def _section_examples(folder: Path, found: dict) -> str:
     "One card per example: image, question, right answer, the arms' answers with check or cross."
     cards = []
@@ -258,7 +259,7 @@ def _section_examples(folder: Path, found: dict) -> str:
         )
     if not cards:
         return "<h2>Examples</h2><p class=note>No examples were stored.</p>"
-    words = "<p>A few held-out scenes, to see what is asked. They prove nothing.</p>"
+    words = "<p>A few held-out pictures, to see what is asked: of each question type first those on which the arms of seed 0 differ. They prove nothing.</p>"
     return f"<h2>Examples</h2>{words}<div class=cards>{''.join(cards)}</div>"
 
 # %% ../nbs/lib/82_report.ipynb #ef40a4f7
@@ -355,7 +356,12 @@ def _markdown(found: dict, told: str) -> str:
     title = f"# Experiment: {found['plan'].get('recipe', 'unnamed')}"
     return "\n".join([title, "", told, "", "Accuracy in percent, mean over seeds ± half of the 95 % interval.", "", *lines, ""])
 
-# %% ../nbs/lib/82_report.ipynb #3fd979f9
+# %% ../nbs/lib/82_report.ipynb #8a72baa4
+def _warning(plan: dict) -> str:
+    "What a reader must know before any number: the plan's own warning, if it has one."
+    return f"<p class=note><b>{escape(plan['warning'])}</b></p>" if plan.get("warning") else ""
+
+# %% ../nbs/lib/82_report.ipynb #cc245c10
 def report(
     folder: str | Path,  # an experiment folder: plan.json and scores.csv, and what else was measured
 ) -> Path:
@@ -370,7 +376,7 @@ def report(
     page = PAGE.substitute(
         title=title, css=CSS, plotly=get_plotlyjs(), finding=escape(told),
         sub=f"{len(found['arms'])} arms, {seeds} seed{'s' * (seeds > 1)}, {types} question types",
-        body="\n".join([_section_scores(found), _section_inside(found), _section_examples(folder, found), _section_end(found)]),
+        body="\n".join([_warning(found["plan"]), _section_scores(found), _section_inside(found), _section_examples(folder, found), _section_end(found)]),
     )
     for name, text in (("summary.md", _markdown(found, told)), ("report.html", page)):
         with whole_file(folder / name) as temporary:

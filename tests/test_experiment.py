@@ -14,7 +14,8 @@ from conftest import ENVIRONMENT
 
 from aligned_mllm.cli import main
 from aligned_mllm.core import InputError, load_json
-from aligned_mllm.experiment import Job, run_jobs
+from aligned_mllm.evals.task import score_run
+from aligned_mllm.experiment import QUICK, Job, Plan, joined_plan, jobs_of, prepare_data, run_jobs
 
 ARMS = ["plain", "viral", "other_image"]
 
@@ -109,7 +110,37 @@ def test_a_setting_that_cannot_be_is_said_before_anything_is_trained(tmp_path, c
     assert "layer" in capsys.readouterr().err and not list((tmp_path / "x").glob("seed*/*/log.txt")) and not (tmp_path / "x" / "plan.json").exists()
 
 
+@pytest.mark.parametrize("setting", ["align_target=image", "with_images=true", "seed=5", "model=elsewhere"])
+def test_settings_cannot_undo_an_arm(tmp_path, setting, capsys):
+    assert main(["experiment", "--quick", "--output", str(tmp_path / "x"), "--set", setting]) == 2
+    assert setting.split("=")[0] in capsys.readouterr().err
+
+
+def test_alignment_settings_reach_only_arms_that_align(tmp_path):
+    jobs = {job.output.name: job.settings for job in jobs_of(Plan(settings={"align_weight": 1.0}, seeds=1), tmp_path)}
+    assert jobs["viral"]["align_weight"] == jobs["other_image"]["align_weight"] == 1.0
+    assert "align_weight" not in jobs["plain"] and "align_weight" not in jobs["blind"]
+
+
+def test_data_of_another_plan_is_refused(tmp_path):
+    prepare_data(Plan(**QUICK), tmp_path, 0)
+    with pytest.raises(InputError, match="another plan"):
+        prepare_data(Plan(), tmp_path, 0)
+
+
+def test_a_folder_keeps_all_arms_it_was_asked_for(quick):
+    assert joined_plan(Plan(**{**QUICK, "arms": ("plain", "encoder")}), quick).arms == (*ARMS, "encoder")
+
+
+def test_scores_are_of_the_records_that_were_asked(quick, tmp_path):
+    run = shutil.copytree(quick / "seed0" / "plain", tmp_path / "run")
+    data = quick / "data" / "seed0"
+    test, validation = score_run(run, data), score_run(run, data, "validation.jsonl")
+    assert test.total.sum() > validation.total.sum() and score_run(run, data).equals(test)
+
+
 @pytest.mark.parametrize("words, message", [
+    (["--data", "somewhere"], "nlvr"),
     (["--arms", "plain,virral"], "viral"),
     (["--seeds", "0"], "at least 1"),
     (["--recipe", "nlvr"], "--data"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,11 @@ def test_lora_trains_and_merges(small_data, tmp_path):
     (["records=nothing.jsonl"], "nothing.jsonl"),
     (["teacher=./nobody"], "nobody"),
     (["align_target=another"], "align_target"),
+    (["align_layers=3"], "list"),
+    (["max_steps=1.5"], "int"),
+    (["optim=foo"], "foo"),
+    (["model=runs/nothing/model"], "runs/nothing/model"),
+    (["data=elsewhere"], "--data"),
 ])  # fmt: skip
 def test_bad_settings_stop_before_the_first_step(small_data, tmp_path, words, message, capsys):
     from aligned_mllm.train import main
@@ -150,6 +156,28 @@ def test_bad_settings_stop_before_the_first_step(small_data, tmp_path, words, me
     said = capsys.readouterr().err
     assert status == 2 and len(said.strip().splitlines()) == 1 and pd.Series([said]).str.contains(message).all(), said
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_another_start_is_another_run(one_run, small_data, tmp_path):
+    "The same settings from other weights are not done."
+    folder = shutil.copytree(one_run, tmp_path / "run")
+    with pytest.raises(InputError, match="start"):
+        run("scenes_viral", small_data, folder, {**FEW, "model": str(one_run / "model")})
+
+
+def test_a_position_code_is_put_on_once(small_data, tmp_path):
+    run("scenes_position_code", small_data, tmp_path / "one", FEW)
+    two = run("scenes_position_code", small_data, tmp_path / "two", {**FEW, "model": str(tmp_path / "one" / "model")})
+    trainer = trainer_of(configured("scenes_position_code", small_data, tmp_path / "three", {**FEW, "model": str(two / "model")}))
+    assert len(trainer.model.student.model.multi_modal_projector._forward_pre_hooks) == 1
+    with pytest.raises(InputError, match="position_code"):
+        trainer_of(configured("scenes_position_code", small_data, tmp_path / "four", {**FEW, "model": str(two / "model"), "position_code": 2.0}))
+
+
+def test_a_folder_whose_run_never_began_is_free(small_data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"recipe": "something else"}')
+    assert (run("scenes_plain", small_data, tmp_path / "run", FEW) / "done.json").is_file()
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys):

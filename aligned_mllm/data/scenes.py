@@ -6,9 +6,9 @@
 __all__ = ['COLOURS', 'SHAPES', 'DIGITS', 'SPLITS', 'CATEGORIES', 'QUADRANTS', 'World', 'SceneObject', 'Scene', 'sample_scene',
            'split_of', 'scenes_of', 'handwriting', 'coverage', 'draw', 'label_map', 'Question', 'bearers', 'relation',
            'questions', 'Balance', 'caption', 'textual_scene', 'vocabulary', 'conversation_records', 'Sizes',
-           'write_scenes']
+           'choices_of', 'write_scenes']
 
-# %% ../../nbs/lib/11_data.scenes.ipynb #e4da22f5
+# %% ../../nbs/lib/11_data.scenes.ipynb #f620b7d1
 import hashlib
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core import InputError, whole_file, whole_folder
+from ..core import InputError, save_json, whole_file, whole_folder
 from .records import Record, Turn, write_records
 
 # %% ../../nbs/lib/11_data.scenes.ipynb #5feed58e
@@ -376,16 +376,26 @@ class Sizes:
     turns: int = 6  # questions in one training conversation
     per_scene: tuple[int, ...] = (2, 3, 3, 2, 2)  # questions of each type about one training scene, in the order of CATEGORIES
 
-# %% ../../nbs/lib/11_data.scenes.ipynb #e77ff0ec
+# %% ../../nbs/lib/11_data.scenes.ipynb #5c1fd190
+def choices_of(
+    seed: int,  # which scenes
+    sizes: Sizes = Sizes(),  # how many
+    world: World = World(),  # the law
+) -> dict:
+    "All that decides a data folder of scenes, as `write_scenes` keeps it in scenes.json."
+    return json.loads(json.dumps({"seed": seed, "sizes": asdict(sizes), "world": asdict(world)}))
+
+# %% ../../nbs/lib/11_data.scenes.ipynb #9242be1e
 def write_scenes(
-    folder: str | Path,  # the data folder to make; it appears whole or not at all
+    folder: str | Path,  # the data folder to make; it appears whole or not at all, and replaces only one that this function made
     seed: int,  # which scenes
     sizes: Sizes = Sizes(),  # how many
     world: World = World(),  # the law
 ) -> Path:
     "A data folder as a user would have it: train, captions, validation and test records in JSONL, and the pictures."
     shares = dict(zip(CATEGORIES, sizes.per_scene))
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, "scenes.json") as temporary:
+        save_json(choices_of(seed, sizes, world), temporary / "scenes.json")
         (temporary / "images").mkdir()
         parts = {"train": sizes.train, "captions": sizes.captions, "validation": sizes.validation, "test": sizes.test}
         for number, (part, count) in enumerate(parts.items()):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CUE', 'SOURCE', 'Statement', 'parse_statement', 'read_nlvr', 'plain_words', 'nlvr_records', 'cut_boxes',
            'without_drawings_of', 'split_by_directory', 'drawn_statements', 'new_drawings', 'described_records',
-           'nlvr_parts', 'write_pictures', 'write_nlvr']
+           'nlvr_parts', 'write_pictures', 'nlvr_choices', 'write_nlvr']
 
-# %% ../../nbs/lib/12_data.sources.ipynb #409c32a0
+# %% ../../nbs/lib/12_data.sources.ipynb #0eb7c510
 import json
 import random
 import re
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..core import InputError, require_space, whole_folder
+from ..core import InputError, require_space, save_json, whole_folder
 from aligned_mllm.data.drawings import (
     BOX_SIDE, BOX_STARTS, COLOURS, ORDERS, Boxes, Item, drawing_key, drawn_sentences, picture_of, sample_box, told_drawing, tower,
 )  # fmt: skip
@@ -293,7 +293,18 @@ drawings made in the same manner (folder drawn).
 Records: {counts}
 """
 
-# %% ../../nbs/lib/12_data.sources.ipynb #28fc56c1
+# %% ../../nbs/lib/12_data.sources.ipynb #2c6d449e
+def nlvr_choices(
+    view: str = "whole",  # as in `write_nlvr`
+    held_out: Collection[str] = ("5",),
+    per_drawing: int = 4,
+    seed: int = 0,
+    fresh: int = 0,
+) -> dict:
+    "All that decides a data folder made from NLVR, as `write_nlvr` keeps it in nlvr.json."
+    return {"view": view, "held_out": sorted(map(str, held_out)), "per_drawing": per_drawing, "seed": seed, "fresh": fresh}
+
+# %% ../../nbs/lib/12_data.sources.ipynb #46b2f282
 def write_nlvr(
     folder: str | Path,  # NLVR
     output: str | Path,  # train.jsonl, validation.jsonl, test.jsonl (drawn.jsonl), pictures and SOURCE.md, whole or not at all
@@ -305,13 +316,12 @@ def write_nlvr(
 ) -> Path:
     "A data folder of NLVR's statements: records in JSONL, the pictures they need, and a note of the source."
     folder, output, chance = Path(folder), Path(output), random.Random(seed)
-    if output.exists() and not (output / "SOURCE.md").is_file():
-        raise InputError(f"{output} exists and was not written from NLVR", "a new folder", "choose another one")
     parts = nlvr_parts(folder, held_out, per_drawing, seed, fresh)
     require_space(output, 2**13 * 6 * sum(map(len, parts.values())))
     files = {"drawn": [nlvr_records([each], view, (chance.randrange(6),), "drawn")[0] for each in parts.pop("drawn", ())]}
     files["descriptions"] = described_records(parts.get("fresh", ()), view, seed)
-    with whole_folder(output) as temporary:
+    with whole_folder(output, "nlvr.json") as temporary:
+        save_json(nlvr_choices(view, held_out, per_drawing, seed, fresh), temporary / "nlvr.json")
         for name, statements in parts.items():
             orders = (0,) if name in ("validation", "test") else range(6)
             write_pictures(statements, folder, temporary, view, orders)

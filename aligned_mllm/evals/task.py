@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_right', 'answers_of', 'majority_answers', 'score_table', 'score_run', 'main']
 
-# %% ../../nbs/lib/60_evals.task.ipynb #ff8e6b78
+# %% ../../nbs/lib/60_evals.task.ipynb #8b28bd5a
 import argparse
 import json
 import sys
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core import InputError, load_json, whole_file
+from ..core import InputError, load_json, save_json, whole_file
 from ..data.collate import Collator, Samples, model_inputs
 from ..data.records import Records
 from .statistics import wilson
@@ -32,7 +32,7 @@ def is_right(
     plain = [text.strip().removesuffix(".").strip().lower() for text in (answer, expected)]
     return plain[0] == plain[1]
 
-# %% ../../nbs/lib/60_evals.task.ipynb #c8f2fe20
+# %% ../../nbs/lib/60_evals.task.ipynb #5556d709
 @torch.inference_mode()
 def answers_of(
     model: nn.Module,  # an image-text model of transformers
@@ -40,9 +40,12 @@ def answers_of(
     records: Records,  # what to ask
     with_images: bool = True,  # False withholds the pictures
     batch_size: int = 250,
-    max_new_tokens: int = 4,  # longest answer
+    max_new_tokens: int | None = None,  # longest answer; two more than the longest right answer by default
 ) -> pd.DataFrame:
     "Greedy answers to the last question of each record: id, category, question, expected, answer, correct."
+    if max_new_tokens is None:
+        right = {records[index].turns[-1].answer for index in range(len(records))}
+        max_new_tokens = 2 + max((len(processor.tokenizer(answer).input_ids) for answer in right), default=0)
     samples = Samples(records, processor, with_images=with_images, with_last_answer=False, cache_mib=0)
     collate, rows, model = Collator(processor.tokenizer.pad_token_id, side="left"), [], model.eval()
     for start in tqdm(range(0, len(samples), batch_size), desc="questions", leave=False, disable=len(samples) < 4 * batch_size):
@@ -81,29 +84,33 @@ def score_table(
         rows.append((category, correct, total, correct / total, *wilson(correct, total), majority))
     return pd.DataFrame(rows, columns=["category", "correct", "total", "accuracy", "low", "high", "majority"])
 
-# %% ../../nbs/lib/60_evals.task.ipynb #29c66929
+# %% ../../nbs/lib/60_evals.task.ipynb #399cffc9
 def score_run(
     run: str | Path,  # a finished run folder
     data: str | Path,  # data folder
     records: str = "test.jsonl",  # what to ask, below data
     training: str = "train.jsonl",  # for the majority answers, below data
 ) -> pd.DataFrame:
-    "Ask a run's model; write answers.jsonl and scores.csv into its folder, whole. A run scored before is read, not asked again."
+    "Ask a run's model; write answers.jsonl, scores.csv and what was asked (scores.json). Asked the same before, the scores are read. Raises InputError."
     run, data = Path(run), Path(data)
     if not (run / "done.json").is_file():
         raise InputError(f"{run} holds no finished run", "a run folder with done.json", "let the training finish first")
-    if (run / "scores.csv").is_file():
+    asked = Records(data / records, data)
+    what = {"records": records, "digest": asked.digest}
+    if (run / "scores.json").is_file() and load_json(run / "scores.json") == what:
         return pd.read_csv(run / "scores.csv")
+    (run / "scores.json").unlink(missing_ok=True)
     model, processor = load_model(run / "model")
     settings = load_json(run / "config.json")
     if torch.cuda.is_available():
         model = model.to("cuda")
-    answers = answers_of(model, processor, Records(data / records, data), with_images=settings["with_images"])
+    answers = answers_of(model, processor, asked, with_images=settings["with_images"])
     with whole_file(run / "answers.jsonl") as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in answers.to_dict("records")), encoding="utf-8")
     table = score_table(answers, majority_answers(Records(data / training, data)))
     with whole_file(run / "scores.csv") as path:
         table.to_csv(path, index=False)
+    save_json(what, run / "scores.json")
     return table
 
 # %% ../../nbs/lib/60_evals.task.ipynb #2363891c

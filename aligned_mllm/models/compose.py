@@ -7,7 +7,7 @@ __all__ = ['CHAT_TEMPLATE', 'STAGES', 'word_tokenizer', 'with_words', 'fold_stat
            'reset_projector', 'parts_of', 'train_only', 'parameter_audit', 'add_lora', 'position_code',
            'add_position_code', 'load_model']
 
-# %% ../../nbs/lib/20_models.compose.ipynb #eed3a246
+# %% ../../nbs/lib/20_models.compose.ipynb #2c89424b
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import InputError, seed_everything
+from ..core import InputError, is_hub_id, seed_everything
 
 # %% ../../nbs/lib/20_models.compose.ipynb #1885ae6b
 def word_tokenizer(
@@ -217,7 +217,7 @@ def add_position_code(
     model.model.multi_modal_projector.register_forward_pre_hook(add)
     model.config.aligned_position_code = deviation
 
-# %% ../../nbs/lib/20_models.compose.ipynb #fe48efd9
+# %% ../../nbs/lib/20_models.compose.ipynb #f26729b2
 def load_model(
     source: str | Path,  # a folder, or a hub id such as llava-hf/llava-1.5-7b-hf
     dtype: torch.dtype = torch.float32,
@@ -225,10 +225,13 @@ def load_model(
     "(model, processor) of a saved image-text model; raises InputError where there is none."
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if str(source).startswith((".", "/", "~")) and not (Path(source).expanduser() / "config.json").is_file():
+    if not is_hub_id(source) and not (Path(source).expanduser() / "config.json").is_file():
         raise InputError(f"no model in {source}", "a folder with config.json", "check the path, or let stage 1 finish first")
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    processor = AutoProcessor.from_pretrained(source)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise InputError(f"model {source}: {str(error).splitlines()[0]}", "a folder of a model, or a hub id that can be reached", "check the name, and the network") from error
     deviation = getattr(model.config, "aligned_position_code", None)
     if deviation is not None:
         add_position_code(model, deviation)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEADS', 'SIZE', 'PATCH', 'image_processor', 'pixels_of', 'as_input', 'fit', 'train_encoder', 'dense_labels',
-           'vision_transformer', 'train_dense_teacher', 'two_views', 'agreement_loss', 'train_self_supervised_teacher',
-           'normalise_output', 'told_sample', 'train_language_model', 'told_accuracy', 'patch_probe', 'build_part',
-           'build_parts', 'embedded_model', 'main']
+           'vision_transformer', 'train_dense_teacher', 'two_views', 'agreement_loss', 'without_some_patches',
+           'train_self_supervised_teacher', 'normalise_output', 'told_sample', 'train_language_model', 'told_accuracy',
+           'patch_probe', 'build_part', 'build_parts', 'embedded_model', 'main']
 
 # %% ../../nbs/lib/23_models.parts.ipynb #77afa8d5
 import argparse
@@ -197,7 +197,18 @@ def agreement_loss(
         loss = loss + (covariance.square().sum() - covariance.diagonal().square().sum()) / (2 * flat.shape[1])
     return loss
 
-# %% ../../nbs/lib/23_models.parts.ipynb #bf9421f4
+# %% ../../nbs/lib/23_models.parts.ipynb #4c2d39cb
+def without_some_patches(
+    views: Tensor,  # (I, 3, height, width)
+    share: float,  # of the patches
+    random: np.random.Generator,
+) -> Tensor:
+    "The pictures with a random share of their patches blank."
+    rows, columns = views.shape[2] // PATCH, views.shape[3] // PATCH
+    blank = torch.from_numpy(random.random((len(views), 1, rows, columns)) < share)
+    return views.masked_fill(blank.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3), 0.0)
+
+# %% ../../nbs/lib/23_models.parts.ipynb #95dc354a
 def train_self_supervised_teacher(
     pixels: Tensor,  # pictures, bytes
     seed: int,
@@ -206,13 +217,17 @@ def train_self_supervised_teacher(
     "(Dinov2Model, loss curve), trained without labels."
     model, random = vision_transformer(seed), np.random.default_rng(seed)
     expander = nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 256))
+    drawer = nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 3 * (3 * PATCH) ** 2))
 
     def loss_of() -> Tensor:
         chosen = torch.from_numpy(random.integers(len(pixels), size=128))
-        first, second = (expander(model(view).last_hidden_state[:, 1:]) for view in two_views(pixels[chosen], random))
-        return agreement_loss(first, second)
+        views = two_views(pixels[chosen], random)
+        features = [model(without_some_patches(view, 0.3, random)).last_hidden_state[:, 1:] for view in views]
+        around = [functional.unfold(view, 3 * PATCH, padding=PATCH, stride=PATCH).transpose(1, 2) for view in views]
+        drawn = sum(functional.mse_loss(drawer(feature), wanted) for feature, wanted in zip(features, around))
+        return agreement_loss(*(expander(feature) for feature in features)) + 100 * drawn
 
-    return model, fit([model, expander], loss_of, steps, 2e-3, "self-supervised teacher")
+    return model, fit([model, expander, drawer], loss_of, steps, 2e-3, "self-supervised teacher")
 
 # %% ../../nbs/lib/23_models.parts.ipynb #e4d3b2b2
 @torch.no_grad()
@@ -340,7 +355,7 @@ def build_part(
     statistics = {"mean": seen.flatten(0, 1).mean(0).tolist(), "deviation": seen.flatten(0, 1).std(0).tolist()}
     return {"curves": curve, "checksums": checksum(model), "probe": patch_probe(probed, held), "statistics": statistics}
 
-# %% ../../nbs/lib/23_models.parts.ipynb #ffc2ee44
+# %% ../../nbs/lib/23_models.parts.ipynb #e31e4642
 def build_parts(
     folder: str | Path,  # where to put them; appears whole or not at all
     seed: int = 0,
@@ -350,7 +365,7 @@ def build_parts(
 ) -> Path:
     "Train and save the encoder, both teachers and the language model, with their curves and probes in parts.json."
     names = ("language_model", "encoder", "teacher_self_supervised", "teacher_dense")
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, "parts.json") as temporary:
         tasks = [(name, temporary, seed, world, scale) for name in names]
         if workers == 1:
             found = [build_part(*task) for task in tasks]

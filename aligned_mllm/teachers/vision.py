@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'Teacher', 'load_teacher', 'encoder_teacher', 'random_teacher', 'on_grid']
 
-# %% ../../nbs/lib/30_teachers.vision.ipynb #e7ae8cdc
+# %% ../../nbs/lib/30_teachers.vision.ipynb #54cacd47
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core import InputError, checksum, data_folder
+from ..core import InputError, checksum, data_folder, is_hub_id
 from ..models.compose import prefix_tokens
 
 # %% ../../nbs/lib/30_teachers.vision.ipynb #436a9a37
@@ -58,7 +58,7 @@ class Teacher:
 # %% ../../nbs/lib/30_teachers.vision.ipynb #ef8285d7
 EMBEDDED = {"dense": "teacher_dense", "self_supervised": "teacher_self_supervised"}
 
-# %% ../../nbs/lib/30_teachers.vision.ipynb #51acbf38
+# %% ../../nbs/lib/30_teachers.vision.ipynb #f97ef78a
 def load_teacher(
     source: str,  # a name from EMBEDDED, a folder, or a hub id such as facebook/dinov2-base
     parts: str | Path = "",  # where the embedded teachers lie; the repository's own by default
@@ -68,7 +68,7 @@ def load_teacher(
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     folder = Path(parts or data_folder() / "parts") / EMBEDDED[source] if source in EMBEDDED else source
-    if str(folder).startswith((".", "/", "~")) and not (Path(folder).expanduser() / "config.json").is_file():
+    if not is_hub_id(folder) and not (Path(folder).expanduser() / "config.json").is_file():
         raise InputError(f"no teacher in {source!r}", f"a name from {list(EMBEDDED)}, a folder with config.json, or a hub id", "check the name")
     config = AutoConfig.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
