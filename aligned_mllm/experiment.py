@@ -239,7 +239,7 @@ def read_costs(
                      "peak_memory_mib": facts["peak_memory_mib"], "trainable_parameters": sum(part["trained"] for part in audit.values())})  # fmt: skip
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/85_experiment.ipynb #5a0f0a5d
+# %% ../nbs/lib/85_experiment.ipynb #2ee93255
 def read_cknna(
     plan: Plan,
     folder: Path,  # the experiment's
@@ -265,7 +265,8 @@ def read_cknna(
             for reference, teacher in teachers.items():
                 side = round((len(states[0]) / len(images)) ** 0.5)
                 features = reference_features(teacher, images, side).flatten(0, 1)
-                found.append(cknna_by_layer(states, features, k=neighbours, permutations=permutations, seed=seed).assign(reference=reference, k=neighbours, n=len(features)))
+                table = cknna_by_layer(states, features, k=neighbours, permutations=permutations, seed=seed)
+                found.append(table.assign(reference=reference, k=neighbours, n=len(features)))
             with whole_file(kept) as path:
                 pd.concat(found).to_csv(path, index=False)
         tables.append(pd.read_csv(kept).assign(seed=seed, arm=arm, permutations=permutations))

@@ -200,7 +200,7 @@ def with_targets(
     features = targets(batch["image_names"], batch["teacher_pixels"], *grids)
     return {**batch, "targets": features.to(batch["input_ids"].device).flatten(0, 1)}
 
-# %% ../nbs/lib/51_train.ipynb #04979c69
+# %% ../nbs/lib/51_train.ipynb #452aab45
 class AlignTrainer(Trainer):
     "transformers' Trainer for an AlignedModel: exact normalisation over accumulation and processes, every term logged."
 
@@ -209,8 +209,6 @@ class AlignTrainer(Trainer):
     def __init__(self, *arguments, targets: Targets | None = None, **keywords):
         super().__init__(*arguments, **keywords)
         self.targets, self.sums, self.logged_step = targets, {}, 0
-        if targets is not None:
-            targets.teacher.model.to(self.args.device)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -396,7 +394,7 @@ def mean_of_training_images(
     parts = [teacher.features(teacher.pixels([open_image(name, records.image_folder) for name in names[start : start + 64]])) for start in range(0, len(names), 64)]
     return position_mean(torch.cat(parts))
 
-# %% ../nbs/lib/51_train.ipynb #beccd06b
+# %% ../nbs/lib/51_train.ipynb #370a29a7
 def trainer_of(
     config: AlignConfig,  # settings
 ) -> AlignTrainer:
@@ -408,6 +406,7 @@ def trainer_of(
     teacher = teacher_of(config, model, processor)
     objective = targets = None
     if teacher is not None:
+        teacher.model.to(config.device)
         width = model.config.get_text_config().hidden_size
         seed_everything(config.seed)
         objective = Viral(width, teacher.width, check_layers(config.align_layers, model), config.align_weight, config.align_projector_width)

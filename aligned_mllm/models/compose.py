@@ -217,7 +217,7 @@ def add_position_code(
     model.model.multi_modal_projector.register_forward_pre_hook(add)
     model.config.aligned_position_code = deviation
 
-# %% ../../nbs/lib/20_models.compose.ipynb #f26729b2
+# %% ../../nbs/lib/20_models.compose.ipynb #2b9775d5
 def load_model(
     source: str | Path,  # a folder, or a hub id such as llava-hf/llava-1.5-7b-hf
     dtype: torch.dtype = torch.float32,
@@ -231,7 +231,8 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
         processor = AutoProcessor.from_pretrained(source)
     except OSError as error:
-        raise InputError(f"model {source}: {str(error).splitlines()[0]}", "a folder of a model, or a hub id that can be reached", "check the name, and the network") from error
+        raise InputError(f"model {source}: {str(error).splitlines()[0]}", "a folder of a model, or a hub id that can be reached",
+                         "check the name, and the network") from error  # fmt: skip
     deviation = getattr(model.config, "aligned_position_code", None)
     if deviation is not None:
         add_position_code(model, deviation)
