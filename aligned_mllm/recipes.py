@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SMALL', 'SETTINGS', 'VIRAL', 'ARMS', 'ABOUT', 'recipe_names', 'recipe']
 
-# %% ../nbs/lib/50_recipes.ipynb #c5a50231
+# %% ../nbs/lib/50_recipes.ipynb #fb2b236a
 from difflib import get_close_matches
 
 from .core import InputError
+from .papers import paper_recipe, paper_recipe_names
 
 # %% ../nbs/lib/50_recipes.ipynb #691c40a2
 SMALL = {
@@ -89,17 +90,19 @@ ABOUT = {
     **{f"other_image_{count}": f"control: other image, the first {count} records" for count in (600, 1200)},
 }
 
-# %% ../nbs/lib/50_recipes.ipynb #4bad9966
+# %% ../nbs/lib/50_recipes.ipynb #87db392a
 def recipe_names() -> list[str]:
-    "Every recipe there is: each setting alone (stage 1) or with each arm."
+    "Every recipe there is: each small setting alone (stage 1) or with each arm, then the rows of the papers' tables."
     stage1 = [name for name in SETTINGS if name.endswith("stage1")]
-    return stage1 + [f"{setting}_{arm}" for setting in SETTINGS if setting not in stage1 for arm in ARMS]
+    return stage1 + [f"{setting}_{arm}" for setting in SETTINGS if setting not in stage1 for arm in ARMS] + paper_recipe_names()
 
-# %% ../nbs/lib/50_recipes.ipynb #32d925dd
+# %% ../nbs/lib/50_recipes.ipynb #4b49ab84
 def recipe(
     name: str,  # one of `recipe_names`
 ) -> dict:
     "The settings of a recipe, by key; raises InputError for an unknown name, with the nearest known ones."
+    if name in paper_recipe_names():
+        return paper_recipe(name)
     if name in SETTINGS and name.endswith("stage1"):
         return dict(SETTINGS[name])
     setting, _, arm = name.partition("_")

@@ -43,7 +43,7 @@ def visual_states(
             found[layer].append(states.reshape(len(samples), -1, states.shape[-1]).float().cpu())
     return {layer: torch.cat(chunks) for layer, chunks in found.items()}
 
-# %% ../../nbs/lib/70_analysis.features.ipynb #614fb5ed
+# %% ../../nbs/lib/70_analysis.features.ipynb #6b670ce0
 @torch.inference_mode()
 def reference_features(
     teacher: Teacher,  # any teacher, also the student's own encoder
@@ -51,4 +51,9 @@ def reference_features(
     side: int,  # rows (and columns) of the student's visual tokens
 ) -> Tensor:
     "A teacher's features of the same patches: (I, side * side, D)."
-    return on_grid(torch.cat([teacher.features(teacher.pixels(list(images[start : start + 50]))) for start in range(0, len(images), 50)]), side, side)
+    found = []
+    for start in range(0, len(images), 50):
+        pixels = teacher.pixels(list(images[start : start + 50]))
+        grid = pixels.shape[-2] // teacher.patch, pixels.shape[-1] // teacher.patch
+        found.append(on_grid(teacher.features(pixels), grid, (side, side)))
+    return torch.cat(found)

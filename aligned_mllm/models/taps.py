@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import InputError
 
-# %% ../../nbs/lib/21_models.taps.ipynb #b5af000c
+# %% ../../nbs/lib/21_models.taps.ipynb #c2541ab8
 def decoder_layers(
     model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
 ) -> nn.ModuleList:
@@ -22,15 +22,12 @@ def decoder_layers(
     from peft import PeftModel
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name in ("model.language_model.layers", "language_model.layers", "model.layers"):
-        try:
-            layers = inner.get_submodule(name)
-        except AttributeError:
-            continue
-        if isinstance(layers, nn.ModuleList):
-            return layers
-    raise InputError(f"{type(inner).__name__} has no list of decoder layers", "a model with `model.language_model.layers`",
-                     "name the architecture in an issue; taps know transformers' own layouts")  # fmt: skip
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise InputError(f"{type(inner).__name__} has no list of decoder layers", "a model whose get_decoder() has `layers`",
+                         "name the architecture in an issue; taps know transformers' own layouts")  # fmt: skip
+    return layers
 
 # %% ../../nbs/lib/21_models.taps.ipynb #460e1e9f
 def check_layers(
