@@ -175,3 +175,11 @@ def test_constraints_are_exact_and_cover_what_is_asked():
     asked = (parser["DEFAULT"]["requirements"] + " " + parser["DEFAULT"]["dev_requirements"]).split()
     assert {re.split(r"[<>=\[]", name)[0].lower() for name in asked} <= set(pins)
     assert all("==" in line and "+" not in line and "@" not in line for line in (ROOT / "constraints.txt").read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_failing_case_was_shown(path):
+    "A cell that shows an error on purpose has printed it."
+    silent = [cell.source[:80] for cell in nbformat.read(path, 4).cells if cell.cell_type == "code" and "except InputError" in cell.source
+              and not re.search(r"^#\|\s*(export|hide|slow|eval)", cell.source, re.M) and not cell.outputs]  # fmt: skip
+    assert not silent
