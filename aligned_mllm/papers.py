@@ -22,7 +22,7 @@ STAGE2 = {
     "projector_learning_rate": 2e-5, "lora_rank": 128, "lora_alpha": 256, "lora_dropout": 0.05, "gradient_checkpointing": True,
 }  # fmt: skip
 
-# %% ../nbs/lib/49_papers.ipynb #1b3c0c78
+# %% ../nbs/lib/49_papers.ipynb #90760d25
 SHARED_SOURCES = {
     "stage": "paper, Section 5.1: LLaVA-1.5's two stages; scripts pretrain.sh and finetune_lora.sh",
     "model": "ours: 'composed' builds a LlavaForConditionalGeneration from vision_tower and language_model; stage 2 starts from stage 1's model",
@@ -48,7 +48,10 @@ SHARED_SOURCES = {
     "align_projector": "paper, Section 4: learnable (the released LoRA script freezes it by accident)",
     "align_kind": "paper, Eq. 5: cosine; Table 5 and App. C: relation, on transformed states as the paper says (the released code uses raw ones)",
     "align_projectors": "not disclosed for several layers; ours: one shared projector, the released code's default",
-    "teacher": "paper, Table 2; sizes by the released code: DINOv2 ViT-B/14 at 336 pixels. RADIO: the paper's v2.5 needs code of its own; ours: the release in transformers' format",
+    "teacher": (
+        "paper, Table 2; sizes by the released code: DINOv2 ViT-B/14 at 336 pixels. RADIO: the paper's v2.5 needs code of its own; ours: "
+        "the release in transformers' format"
+    ),
     "residual": "paper, Eq. 3 and Eq. 7, App. B",
     "residual_layer": "paper, App. B: layer 16",
 }
@@ -61,9 +64,12 @@ MODELS = {
     "vicuna13b_clip": {"language_model": "lmsys/vicuna-13b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336", "chat": "vicuna_v1"},
 }
 
-# %% ../nbs/lib/49_papers.ipynb #3d16b30e
+# %% ../nbs/lib/49_papers.ipynb #7830e0a7
 MODEL_SOURCES = {
-    "language_model": "paper, Table 1; the Qwen checkpoint is not disclosed, ours: the instruction-tuned one, whose chat format the released script's qwen_2 template is",
+    "language_model": (
+        "paper, Table 1; the Qwen checkpoint is not disclosed, ours: the instruction-tuned one, whose chat format the released script's "
+        "qwen_2 template is"
+    ),
     "vision_tower": "paper, Table 1; the SigLIP v2 checkpoint is not disclosed, ours: so400m at 384 pixels, the one whose size LLaVA-type models commonly use",
     "chat": "scripts: vicuna_v1 with its system sentence; qwen_2",
 }

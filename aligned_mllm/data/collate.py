@@ -148,7 +148,7 @@ def encode(
 # %% ../../nbs/lib/14_data.collate.ipynb #e165c11c
 IGNORED = -100  # the label of a position that is not learnt; transformers' losses leave it out
 
-# %% ../../nbs/lib/14_data.collate.ipynb #1764d84f
+# %% ../../nbs/lib/14_data.collate.ipynb #9ac1462b
 class Samples(Dataset):
     "Encoded records, each encoded when first asked for. Items are dicts as `encode` makes them, with the image names."
 
@@ -185,8 +185,7 @@ class Samples(Dataset):
         if self.teacher_pixels is not None and images:
             views = zip(sample["view_of"].tolist(), sample["boxes"].tolist(), sample["grids"].tolist())
             sample["teacher_pixels"] = [self.teacher_pixels(images[image], tuple(box), tuple(grid)) for image, box, grid in views]
-        held = [*sample.values(), *sample.get("teacher_pixels", ())]
-        size = sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor))
+        size = sum(value.nbytes for value in [*sample.values(), *sample.get("teacher_pixels", ())] if isinstance(value, Tensor))
         if size <= self.room:
             self.cache[index], self.room = sample, self.room - size
         return sample
@@ -219,7 +218,7 @@ def stacked(
               for tensor, shape in zip(tensors, shapes)]  # fmt: skip
     return torch.cat(filled)
 
-# %% ../../nbs/lib/14_data.collate.ipynb #913055ca
+# %% ../../nbs/lib/14_data.collate.ipynb #69290196
 @dataclass(frozen=True)
 class Collator:
     """Samples to a batch: (B, S) text tensors, image tensors and views of all samples one behind the other, and the image names as a list of I strings.
@@ -240,11 +239,10 @@ class Collator:
         real = [torch.ones_like(sample["input_ids"]) for sample in samples]
         batch = {name: torch.stack([padded(sample.get(name, 0 * ones), fill) for sample, ones in zip(samples, real)]) for name, fill in fills.items()}
         batch["attention_mask"] = torch.stack([padded(ones, 0) for ones in real])
-        if "teacher_pixels" in names:
-            batch["teacher_pixels"] = [pixels for sample in samples for pixels in sample.get("teacher_pixels", ())]
+        for name in sorted({"image_names", "teacher_pixels"} & names):
+            batch[name] = [item for sample in samples for item in sample.get(name, ())]
         for name in sorted(names - set(fills) - {"image_names", "view_of", "teacher_pixels"}):
             batch[name] = stacked([sample[name] for sample in samples if name in sample])
-        batch["image_names"] = [name for sample in samples for name in sample["image_names"]]
         shift, batch["view_of"] = 0, []
         for sample in samples:
             batch["view_of"].append(sample["view_of"] + shift)
