@@ -56,7 +56,7 @@ def shows_picture(
         inside.append((edges[1:] > hair) & (edges[:-1] < 1 - hair))
     return (inside[0][:, None] & inside[1][None]).flatten()
 
-# %% ../../nbs/lib/30_teachers.vision.ipynb #fe8961e3
+# %% ../../nbs/lib/30_teachers.vision.ipynb #4b9f8370
 @dataclass(frozen=True)
 class Look:
     "How pixels become numbers: (value * scale - mean) / deviation, by colour."
@@ -69,7 +69,7 @@ class Look:
 
     def numbers(self, picture: Image.Image) -> Tensor:
         "An RGB picture as a tensor (3, height, width)."
-        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1) * self.scale
+        values = torch.from_numpy((np.array(picture, dtype=np.float64) * self.scale).astype(np.float32)).permute(2, 0, 1)  # rounded as processors do
         return (values - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.deviation)[:, None, None]
 
     def picture(self, numbers: Tensor) -> Image.Image:
