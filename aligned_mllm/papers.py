@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['STAGE1', 'STAGE2', 'SHARED_SOURCES', 'MODELS', 'MODEL_SOURCES', 'TEACHERS', 'DEFAULT', 'MIDDLE', 'ROWS',
-           'paper_recipe', 'paper_recipe_names', 'sources_of']
+           'paper_recipe', 'paper_recipe_names', 'stage1_of', 'sources_of']
 
 # %% ../nbs/lib/49_papers.ipynb #bf6f6b92
 from .core import InputError
 
-# %% ../nbs/lib/49_papers.ipynb #e08bde3b
+# %% ../nbs/lib/49_papers.ipynb #3cfe43d1
 STAGE1 = {
     "stage": 1, "model": "composed", "records": "blip_laion_cc_sbu_558k.json", "global_batch_size": 256, "num_train_epochs": 1,
     "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0, "max_length": 2048, "bf16": True,
-    "pad_to_square": True,
+    "pad_to_square": True, "gradient_checkpointing": True,
 }  # fmt: skip
 
-# %% ../nbs/lib/49_papers.ipynb #d4ee12cb
+# %% ../nbs/lib/49_papers.ipynb #fb95408f
 STAGE2 = {
     **STAGE1, "stage": 2, "records": "llava_v1_5_mix665k.json", "global_batch_size": 128, "learning_rate": 2e-4,
-    "projector_learning_rate": 2e-5, "lora_rank": 128, "lora_alpha": 256, "lora_dropout": 0.05, "gradient_checkpointing": True,
+    "projector_learning_rate": 2e-5, "lora_rank": 128, "lora_alpha": 256, "lora_dropout": 0.05,
 }  # fmt: skip
 
-# %% ../nbs/lib/49_papers.ipynb #90760d25
+# %% ../nbs/lib/49_papers.ipynb #635485cc
 SHARED_SOURCES = {
     "stage": "paper, Section 5.1: LLaVA-1.5's two stages; scripts pretrain.sh and finetune_lora.sh",
     "model": "ours: 'composed' builds a LlavaForConditionalGeneration from vision_tower and language_model; stage 2 starts from stage 1's model",
@@ -40,18 +40,15 @@ SHARED_SOURCES = {
     "lora_rank": "script of stage 2",
     "lora_alpha": "script of stage 2",
     "lora_dropout": "LLaVA's default, which the script of stage 2 leaves",
-    "gradient_checkpointing": "script of stage 2",
+    "gradient_checkpointing": "scripts of both stages",
     "seed": "not disclosed; ours: transformers' default, and several by --seeds where an interval is wanted",
     "align_weight": "paper, App. A: lambda = 0.5 by default; no sweep is published",
     "align_layers": "paper, Table 3 and App. A for 7B: 16 of 32; for 13B and Qwen not disclosed; ours: the middle block, 20 of 40 and 14 of 28",
     "align_projector_width": "released code, projector_dim",
     "align_projector": "paper, Section 4: learnable (the released LoRA script freezes it by accident)",
-    "align_kind": "paper, Eq. 5: cosine; Table 5 and App. C: relation, on transformed states as the paper says (the released code uses raw ones)",
+    "align_kind": "paper, Eq. 5: cosine; Table 5 and App. C: relation, on transformed states (the released code uses raw ones)",
     "align_projectors": "not disclosed for several layers; ours: one shared projector, the released code's default",
-    "teacher": (
-        "paper, Table 2; sizes by the released code: DINOv2 ViT-B/14 at 336 pixels. RADIO: the paper's v2.5 needs code of its own; ours: "
-        "the release in transformers' format"
-    ),
+    "teacher": "paper, Table 2; sizes by the released code: DINOv2 ViT-B/14 at 336. RADIO: v2.5 needs code of its own; ours: the release in transformers' format",
     "residual": "paper, Eq. 3 and Eq. 7, App. B",
     "residual_layer": "paper, App. B: layer 16",
 }
@@ -64,12 +61,9 @@ MODELS = {
     "vicuna13b_clip": {"language_model": "lmsys/vicuna-13b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336", "chat": "vicuna_v1"},
 }
 
-# %% ../nbs/lib/49_papers.ipynb #7830e0a7
+# %% ../nbs/lib/49_papers.ipynb #eb76ade0
 MODEL_SOURCES = {
-    "language_model": (
-        "paper, Table 1; the Qwen checkpoint is not disclosed, ours: the instruction-tuned one, whose chat format the released script's "
-        "qwen_2 template is"
-    ),
+    "language_model": "paper, Table 1; the Qwen checkpoint is not disclosed, ours: the instruction-tuned one, whose chat is the script's qwen_2",
     "vision_tower": "paper, Table 1; the SigLIP v2 checkpoint is not disclosed, ours: so400m at 384 pixels, the one whose size LLaVA-type models commonly use",
     "chat": "scripts: vicuna_v1 with its system sentence; qwen_2",
 }
@@ -122,6 +116,14 @@ def paper_recipe(
 def paper_recipe_names() -> list[str]:
     "Every recipe of the paper: stage 1 of each pair of models, then the rows of the tables."
     return [f"viral_stage1_{models}" for models in MODELS] + [f"viral_{row}" for row in ROWS]
+
+# %% ../nbs/lib/49_papers.ipynb #1c90f658
+def stage1_of(
+    name: str,  # a paper recipe
+) -> str:
+    "The stage 1 that a row starts from; of a stage 1, itself."
+    row = name.removeprefix("viral_")
+    return name if paper_recipe(name)["stage"] == 1 else f"viral_stage1_{ROWS[row][0]}"
 
 # %% ../nbs/lib/49_papers.ipynb #9a5199db
 def sources_of(

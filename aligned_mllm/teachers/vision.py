@@ -324,17 +324,20 @@ def load_teacher(
     model, family = encoder_from(folder, dtype)
     return Teacher(source, model, processor_from(folder), layer, family=family, student=student)
 
-# %% ../../nbs/lib/30_teachers.vision.ipynb #0f1311ff
+# %% ../../nbs/lib/30_teachers.vision.ipynb #a076cb03
 def encoder_teacher(
-    model: nn.Module,  # a LLaVA model
+    model: nn.Module,  # a LLaVA model, also wrapped by PEFT
     processor,  # its processor
 ) -> Teacher:
     "The student's own vision tower as a teacher: a frozen copy, read at the layer that the projector reads (VIRAL, pilot study (c)). Raises InputError."
     from copy import deepcopy
 
-    tower, layer = getattr(model.model, "vision_tower", None), getattr(model.config, "vision_feature_layer", None)
+    from peft import PeftModel
+
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    tower, layer = getattr(inner.model, "vision_tower", None), getattr(inner.config, "vision_feature_layer", None)
     if tower is None or not isinstance(layer, int):
-        raise InputError(f"{type(model).__name__} with vision_feature_layer {layer}", "a model of LLaVA's kind: a vision_tower, read at one layer",
+        raise InputError(f"{type(inner).__name__} with vision_feature_layer {layer}", "a model of LLaVA's kind: a vision_tower, read at one layer",
                          "use the projected features (OwnProjection), or load the encoder as a teacher of its own")  # fmt: skip
     return Teacher("encoder", deepcopy(tower), processor.image_processor, layer=layer)
 
