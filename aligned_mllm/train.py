@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'UNITS', 'CURVES', 'MAY_DIFFER', 'RunConfig', 'AlignConfig', 'fits', 'parsed_setting', 'accumulation_of',
-           'configured', 'AlignedModel', 'blank_picture', 'unit_counts', 'with_targets', 'TermTrainer', 'AlignTrainer',
-           'answer_accuracy', 'save_aligned', 'below', 'as_sharded', 'load_aligned', 'RunFolder', 'last_checkpoint',
-           'words_of', 'dressed', 'student_of', 'compile_layers', 'teacher_of', 'targets_for', 'objective_of',
-           'mean_of_training_images', 'trainer_of', 'start_of', 'claim_folder', 'run', 'carry_out', 'save_left_out',
-           'finish', 'student_shape', 'shape_of_teacher', 'settings_told', 'sample_told', 'steps_told', 'forecast_of',
-           'rehearse', 'main']
+           'configured', 'AlignedModel', 'block_classes', 'blank_picture', 'unit_counts', 'with_targets', 'TermTrainer',
+           'AlignTrainer', 'answer_accuracy', 'save_aligned', 'below', 'as_sharded', 'load_aligned', 'RunFolder',
+           'last_checkpoint', 'words_of', 'dressed', 'student_of', 'compile_layers', 'teacher_of', 'targets_for',
+           'objective_of', 'mean_of_training_images', 'trainer_of', 'start_of', 'claim_folder', 'run', 'carry_out',
+           'save_left_out', 'finish', 'student_shape', 'shape_of_teacher', 'settings_told', 'sample_told', 'steps_told',
+           'forecast_of', 'rehearse', 'main']
 
-# %% ../nbs/lib/51_train.ipynb #8e0c4739
+# %% ../nbs/lib/51_train.ipynb #a94b225b
 import argparse
 import csv
 import dataclasses
@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -200,7 +201,7 @@ def configured(
     except (TypeError, ValueError) as error:
         raise InputError(f"settings of recipe {name!r}: {str(error).splitlines()[0]}", "values that transformers accepts", "correct the setting") from error
 
-# %% ../nbs/lib/51_train.ipynb #f15f3ec9
+# %% ../nbs/lib/51_train.ipynb #7a52afa8
 class AlignedModel(nn.Module):
     "A student and an objective: takes a batch with `targets` (V, D), returns the terms and the supervised logits."
 
@@ -215,22 +216,20 @@ class AlignedModel(nn.Module):
         self.student, self.objective, self.lone_text = student, objective, False
 
     def forward(self, batch: dict) -> dict:
-        positions = text_positions(batch["labels"])
+        "The terms of a batch, and the logits at supervised positions."
+        labels, aligned = batch["labels"], self.objective is not None and "targets" in batch
         blank = blank_picture(self.student) if self.lone_text and "pixel_values" not in batch else 0
-        layers = self.objective.layers if self.objective is not None and "targets" in batch else []
-        if not layers:
-            output = self.student(**model_inputs(batch), logits_to_keep=positions, use_cache=False)
-            terms = [text_term(output.logits.flatten(0, -2), batch["labels"])]
-            terms[0].total = terms[0].total + blank
-            if self.objective is not None:  # keeps every process's graph alike when one batch has no image
-                terms.append(no_alignment(self.objective))
-            return {"terms": terms, "logits": output.logits.flatten(0, -2)}
-        with Taps(self.student, layers) as taps:
-            output = self.student(**model_inputs(batch), logits_to_keep=positions, use_cache=False)
-        states = {layer: taps.states(layer, batch["visual_mask"]) for layer in layers}
-        text = text_term(output.logits.flatten(0, -2), batch["labels"])
-        aligned = self.objective(states, batch["targets"], batch["keep"], batch["grids"])
-        return {"terms": [text, aligned], "logits": output.logits.flatten(0, -2)}
+        with Taps(self.student, self.objective.layers) if aligned else nullcontext() as taps:
+            output = self.student(**model_inputs(batch), logits_to_keep=text_positions(labels), use_cache=False)
+        logits = output.logits.flatten(0, -2)
+        terms = [text_term(logits, labels)]
+        terms[0].total = terms[0].total + blank
+        if aligned:
+            states = {layer: taps.states(layer, batch["visual_mask"]) for layer in taps.layers}
+            terms.append(self.objective(states, batch["targets"], batch["keep"], batch["grids"]))
+        elif self.objective is not None:  # keeps every process's graph alike when one batch has no image
+            terms.append(no_alignment(self.objective))
+        return {"terms": terms, "logits": logits}
 
     def activation_checkpointing_enable(self, *arguments, **keywords):
         "Passed on to the student; frozen embeddings hand out states with a gradient, which reentrant checkpointing needs."
@@ -244,10 +243,15 @@ class AlignedModel(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        "The student's blocks by class name: what FSDP wraps one by one (accelerate's transformer-based policy)."
-        inner = self.student.get_base_model() if hasattr(self.student, "get_base_model") else self.student
-        present = {type(module).__name__ for module in inner.modules()}
-        return sorted(set(inner._no_split_modules or ()) & present)
+        return block_classes(self.student)
+
+# %% ../nbs/lib/51_train.ipynb #ac9cce89
+def block_classes(
+    student: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
+) -> list[str]:
+    "The class names of its blocks, vision tower included: what FSDP wraps one by one (accelerate's transformer-based policy)."
+    inner = student.get_base_model() if hasattr(student, "get_base_model") else student
+    return sorted(set(inner._no_split_modules or ()) & {type(module).__name__ for module in inner.modules()})
 
 # %% ../nbs/lib/51_train.ipynb #5716592f
 def blank_picture(
@@ -866,7 +870,7 @@ def forecast_of(
                                                      "with": f"B = {config.per_device_train_batch_size}, S = {length}, T = {supervised}"},
             "Teacher": plan, "Alignment": aligned, "Settings": settings_told(name, config, settings or {})}  # fmt: skip
 
-# %% ../nbs/lib/51_train.ipynb #0d34bf2b
+# %% ../nbs/lib/51_train.ipynb #e486bc66
 def rehearse(
     name: str,  # a recipe of published parts
     output: str | Path,  # run folder; data, parts and stage 1 lie beside it in OUTPUT_tiny
@@ -876,7 +880,9 @@ def rehearse(
     world, first = Path(f"{output}_tiny"), stage1_of(name) if name in paper_recipe_names() else name
     common = {**({} if torch.cuda.is_available() else {"use_cpu": True}), **(settings or {})}
     wanted = recipe(name)
-    if not (world / "data").is_dir() and wanted.get("model") == "composed":
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("--tiny in several processes", "one", "start it with python -m aligned_mllm.train")
+    if wanted.get("model") == "composed" and not (world / "data" / "llava_v1_5_mix665k.json").is_file():
         tiny_data(world / "data")
     changes = {**tiny_settings(wanted, world / "data", world / "parts"), **common}
     if first != name:

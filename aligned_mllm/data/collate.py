@@ -250,10 +250,10 @@ class Collator:
         batch["view_of"] = torch.cat(batch["view_of"])
         return batch
 
-# %% ../../nbs/lib/14_data.collate.ipynb #89e55df3
+# %% ../../nbs/lib/14_data.collate.ipynb #da78faf1
 def model_inputs(
     batch: dict,  # from the collator
 ) -> dict:
     "What the model's own forward takes: the batch without labels, the layout of visual tokens and the teacher's view."
-    aside = ("labels", "visual_mask", "grids", "boxes", "view_of", "image_names", "teacher_pixels", "index")
+    aside = ("labels", "visual_mask", "grids", "boxes", "view_of", "image_names", "teacher_pixels", "targets", "keep", "index")
     return {name: value for name, value in batch.items() if name not in aside}

@@ -6,8 +6,9 @@
 __all__ = ['TARGETS', 'others', 'position_mean', 'views_of', 'whole_pictures', 'Targets', 'features_of_views', 'partners_of',
            'kept_patches', 'targets_of', 'OwnProjection']
 
-# %% ../../nbs/lib/31_teachers.targets.ipynb #6b0d7a1d
+# %% ../../nbs/lib/31_teachers.targets.ipynb #49c8e543
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -144,14 +145,14 @@ def partners_of(
     names, grids = [name for name, _, _ in views], [grid for _, _, grid in views]
     return others(names, grids) if "other" in kind and views else list(range(len(views)))
 
-# %% ../../nbs/lib/31_teachers.targets.ipynb #54f6d4bb
+# %% ../../nbs/lib/31_teachers.targets.ipynb #5a8f7ddb
 def kept_patches(
     kind: str,  # a name from TARGETS
     views: list[tuple],  # from `views_of`
 ) -> list[Tensor]:
     "For each view, which of its patches count: (rows * columns,) bool."
-    partners = partners_of(kind, views)
-    return [shows_picture(box, grid) & shows_picture(views[partner][1], grid) for (_, box, grid), partner in zip(views, partners)]
+    partners, shown = partners_of(kind, views), cache(shows_picture)  # many views of a batch have the same box and grid
+    return [shown(box, grid) & shown(views[partner][1], grid) for (_, box, grid), partner in zip(views, partners)]
 
 # %% ../../nbs/lib/31_teachers.targets.ipynb #cb71c36b
 def targets_of(
