@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment quick lab test browser clean
+.PHONY: help setup experiment quick lab test tests-long tests-short browser clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -31,7 +31,13 @@ lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARG
 
 test: .venv/ready browser  ## everything that must hold: notebooks, tests, export
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests
+	$(MAKE) -j2 --no-print-directory tests-long tests-short
+
+LONG := tests/test_train.py tests/test_experiment.py tests/test_distributed.py
+tests-long:
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(LONG)
+tests-short:
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 tests $(LONG:%=--ignore=%)
 
 browser: .venv/ready
 	@command -v chromium >/dev/null || $(BIN)/playwright install chromium || echo "No Chromium: the browser tests will be skipped"

@@ -201,7 +201,7 @@ def configured(
     except (TypeError, ValueError) as error:
         raise InputError(f"settings of recipe {name!r}: {str(error).splitlines()[0]}", "values that transformers accepts", "correct the setting") from error
 
-# %% ../nbs/lib/51_train.ipynb #7a52afa8
+# %% ../nbs/lib/51_train.ipynb #6a9671db
 class AlignedModel(nn.Module):
     "A student and an objective: takes a batch with `targets` (V, D), returns the terms and the supervised logits."
 
@@ -220,13 +220,11 @@ class AlignedModel(nn.Module):
         labels, aligned = batch["labels"], self.objective is not None and "targets" in batch
         blank = blank_picture(self.student) if self.lone_text and "pixel_values" not in batch else 0
         with Taps(self.student, self.objective.layers) if aligned else nullcontext() as taps:
-            output = self.student(**model_inputs(batch), logits_to_keep=text_positions(labels), use_cache=False)
-        logits = output.logits.flatten(0, -2)
+            logits = self.student(**model_inputs(batch), logits_to_keep=text_positions(labels), use_cache=False).logits.flatten(0, -2)
         terms = [text_term(logits, labels)]
         terms[0].total = terms[0].total + blank
         if aligned:
-            states = {layer: taps.states(layer, batch["visual_mask"]) for layer in taps.layers}
-            terms.append(self.objective(states, batch["targets"], batch["keep"], batch["grids"]))
+            terms.append(self.objective({layer: taps.states(layer, batch["visual_mask"]) for layer in taps.layers}, *map(batch.get, ("targets", "keep", "grids"))))
         elif self.objective is not None:  # keeps every process's graph alike when one batch has no image
             terms.append(no_alignment(self.objective))
         return {"terms": terms, "logits": logits}
