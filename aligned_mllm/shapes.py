@@ -44,7 +44,7 @@ PUBLISHED = {
                            "num_cls_tokens": 3, "num_registers": 7, "max_img_size": 2048},
 }  # fmt: skip
 
-# %% ../nbs/lib/46_shapes.ipynb #3fb76fb5
+# %% ../nbs/lib/46_shapes.ipynb #ff760917
 SHAPE_SOURCES = {
     "lmsys/vicuna-7b-v1.5": "its config.json, seen as the base of FasterDecoding/medusa-v1.0-vicuna-7b-v1.5",
     "lmsys/vicuna-13b-v1.5": "LLaMA 2 13B (arXiv 2307.09288), of which it is a fine-tuning; its own config.json was not seen",
@@ -52,7 +52,7 @@ SHAPE_SOURCES = {
     "openai/clip-vit-large-patch14-336": "its config.json",
     "google/siglip2-so400m-patch14-384": "as other implementations that load it list them; its config.json was not seen; text tower at defaults",
     "facebook/dinov2-base": "transformers' defaults; DINOv2 (arXiv 2304.07193): patch 14, last trained at 518 pixels",
-    "facebook/sam-vit-base": "transformers' defaults for SamVisionConfig, which are this model's",
+    "facebook/sam-vit-base": "transformers' defaults for SamVisionConfig; its own config.json was not seen",
     "depth-anything/Depth-Anything-V2-Base-hf": "a DINOv2-B backbone (arXiv 2406.09414), layers as users' code names them; only the backbone is used",
     "nvidia/C-RADIOv4-H": "transformers' defaults for RadioConfig, documented as this model's",
 }
