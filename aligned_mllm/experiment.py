@@ -164,12 +164,12 @@ def start_job(
     with open(job.output / "log.txt", "a", encoding="utf-8") as log:
         return subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True)
 
-# %% ../nbs/lib/85_experiment.ipynb #b8589240
+# %% ../nbs/lib/85_experiment.ipynb #16f80bee
 def run_jobs(
     jobs: list[Job],
     workers: int,  # runs at the same time
 ) -> None:
-    "Run what is not done, in order, with progress; on failure or Ctrl-C the others are stopped and keep their checkpoints."
+    "Run what is not done, in order, with progress; on failure or Ctrl-C the others are stopped and keep their checkpoints. Raises InputError."
     waiting, running = [job for job in jobs if not job.done], {}
     total = sum(recipe(job.recipe).get("max_steps", 0) if "max_steps" not in job.settings else job.settings["max_steps"] for job in jobs)
     threads = max(1, (os.cpu_count() or 1) // workers)

@@ -145,13 +145,13 @@ def scores_figure(
     figure.add_vline(x=len(categories) - 1.5, line={"color": "#bbb", "width": 1}, opacity=1)
     return _finish(figure, "question type", ["accuracy (%)"], range=[max(0, low - 4), min(100, high + 4)])
 
-# %% ../nbs/lib/80_plots.ipynb #29b013fa
+# %% ../nbs/lib/80_plots.ipynb #9668ebfd
 def differences_figure(
     scores: pd.DataFrame,  # columns seed, arm, category, accuracy (0-1)
     arms: list[str],  # the arms to draw; the baseline is skipped
     baseline: str = "plain",  # the arm that is subtracted, seed by seed
 ):
-    "Paired differences to `baseline` in percentage points by question type and for the mean, as a plotly figure."
+    "Paired differences to `baseline` in percentage points by question type and for the mean, as a plotly figure. Raises InputError."
     arms = [arm for arm in arms if arm != baseline]
     if not arms:
         raise InputError(f"no arm beside '{baseline}'", "at least one other", "add an arm, or choose another baseline")
@@ -210,12 +210,12 @@ def curves_figure(
     _add_lines(figure, table.assign(value=table.value * (100 if percent else 1)), arms, "step", legend=True)
     return _finish(figure, "training step", [f"{what} (%)" if percent else what])
 
-# %% ../nbs/lib/80_plots.ipynb #1157a08b
+# %% ../nbs/lib/80_plots.ipynb #b359c492
 def loss_figure(
     curves: pd.DataFrame,  # columns seed, arm, step, name, value; names that begin with "loss" are drawn
     arms: list[str],  # the arms to draw, in order
 ):
-    "Training losses over the steps, one panel per part, mean over seeds with band, as a plotly figure."
+    "Training losses over the steps, one panel per part, mean over seeds with band, as a plotly figure. Raises InputError."
     require_columns(curves, ("seed", "arm", "step", "name", "value"), "curves")
     names = sorted(name for name in curves.name.unique() if name.startswith("loss"))
     names = [name for name in names if name.startswith("loss_")] or names

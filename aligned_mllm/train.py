@@ -682,11 +682,11 @@ def run(
         carry_out(trainer)
     return output
 
-# %% ../nbs/lib/51_train.ipynb #0635d512
+# %% ../nbs/lib/51_train.ipynb #1c29fbd7
 def carry_out(
     trainer: AlignTrainer,  # from `trainer_of`
 ) -> None:
-    "Train from the last whole checkpoint or from the start, verify what had to stay frozen, and finish the run folder."
+    "Train from the last whole checkpoint or from the start, verify what had to stay frozen, and finish the run folder. Raises InputError."
     output, main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
     model, teacher = trainer.model, getattr(trainer.targets, "teacher", None)
     audit = parameter_audit(model.student, {"alignment": model.objective} if model.objective is not None else None)

@@ -57,13 +57,13 @@ def neighbours(
     nearest = others.topk(k, dim=1).indices
     return torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, nearest, True)
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #757c0589
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #362c6e81
 def neighbour_graph(
     features,  # (n, D)
     k: int,  # neighbours of each point
     normalise: bool = True,  # bring rows to length 1 first
 ) -> torch.Tensor:
-    "(n, n) float64: the row-centred kernel at the `k` nearest of each row, 0 elsewhere, scaled to length 1 as a whole."
+    "(n, n) float64: the row-centred kernel at the `k` nearest of each row, 0 elsewhere, scaled to length 1 as a whole. Raises InputError."
     inner = kernel(features, normalise)
     edges = neighbours(inner, k)
     graph = inner.sub_(inner.mean(dim=1, keepdim=True)).mul_(edges)
@@ -116,7 +116,7 @@ def _null(first: torch.Tensor, second: torch.Tensor, permutations: int, seed: in
         values[index] = weight @ second[order[row], order[column]]
     return values
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #bf8fb6e7
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #54d5b6e2
 def permutation_null(
     first,  # (n, D1)
     second,  # (n, D2); its rows are shuffled
@@ -125,7 +125,7 @@ def permutation_null(
     seed: int = 0,  # of the shuffles
     normalise: bool = True,  # bring rows to length 1 first
 ):
-    "CKNNA (permutations,) as a NumPy array when the rows of `second` are shuffled: what chance alone gives."
+    "CKNNA (permutations,) as a NumPy array when the rows of `second` are shuffled: what chance alone gives. Raises InputError."
     if len(first) != len(second):
         raise InputError(
             f"{len(first)} and {len(second)} rows",
@@ -134,7 +134,7 @@ def permutation_null(
         )
     return _null(neighbour_graph(first, k, normalise), neighbour_graph(second, k, normalise), permutations, seed).numpy()
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #c96a2293
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #814e1cc3
 def cknna_by_layer(
     states,  # (L + 1, n, D) as one tensor, or a dict from layer index to (n, D)
     reference,  # (n, D') features of the same n points, e.g. of the encoder
@@ -143,7 +143,7 @@ def cknna_by_layer(
     seed: int = 0,  # of the shuffles
     normalise: bool = True,  # bring rows to length 1 first
 ) -> pd.DataFrame:
-    "One row per layer: layer, value, null_low, null_high (2.5 % and 97.5 % of CKNNA under shuffled correspondence)."
+    "One row per layer: layer, value, null_low, null_high (2.5 % and 97.5 % of CKNNA under shuffled correspondence). Raises InputError."
     fixed = neighbour_graph(reference, k, normalise)
     rows = []
     for layer, features in states.items() if isinstance(states, dict) else enumerate(states):

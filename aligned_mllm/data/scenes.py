@@ -138,14 +138,14 @@ def split_of(
     share = int(hashlib.sha256(scene.arrangement.encode()).hexdigest(), 16) % 10
     return {0: "test", 1: "validation"}.get(share, "train")
 
-# %% ../../nbs/lib/11_data.scenes.ipynb #ddffd957
+# %% ../../nbs/lib/11_data.scenes.ipynb #c92ce504
 def scenes_of(
     split: str,  # "train", "validation" or "test"
     count: int,  # how many scenes
     seed: int,  # other seeds give other scenes of the same side
     world: World = World(),  # the law
 ) -> list[Scene]:
-    "`count` scenes with different arrangements, all of one side."
+    "`count` scenes with different arrangements, all of one side. Raises InputError."
     if split not in SPLITS:
         raise InputError(f"split {split!r}", f"one of {SPLITS}", "choose one of these")
     scenes: dict[str, Scene] = {}

@@ -108,7 +108,7 @@ def plain_words(
     sentence = "".join(letter for letter in sentence if unicodedata.category(letter) != "Cf")
     return re.sub(r"[ .]+$", "", " ".join(re.findall(r"\w+(?:'\w+)*|[^\w\s]", sentence)))
 
-# %% ../../nbs/lib/12_data.sources.ipynb #96557217
+# %% ../../nbs/lib/12_data.sources.ipynb #b45fc9de
 CUE = ". true or false ?"
 
 
@@ -118,7 +118,7 @@ def nlvr_records(
     orders: Iterable[int] = range(6),  # indices into ORDERS, one record for each; (0,) keeps statements independent
     category: str = "statement",
 ) -> list[Record]:
-    "One record per statement and order; the answer is `true` or `false`."
+    "One record per statement and order; the answer is `true` or `false`. Raises InputError."
     if view not in ("whole", "boxes"):
         raise InputError(f"view {view!r}", "'whole' or 'boxes'", "choose one of the two")
     records, orders = [], tuple(orders)
@@ -131,11 +131,11 @@ def nlvr_records(
             records.append(Record(identity, images, (turn,), f"NLVR {identity}"))
     return records
 
-# %% ../../nbs/lib/12_data.sources.ipynb #6f131048
+# %% ../../nbs/lib/12_data.sources.ipynb #2647e247
 def cut_boxes(
     picture: Image.Image,  # RGB, 400 x 100 pixels
 ) -> tuple[Image.Image, ...]:
-    "The three boxes of a picture from left to right, RGB, 100 x 100 pixels each."
+    "The three boxes of a picture from left to right, RGB, 100 x 100 pixels each. Raises InputError."
     if picture.size != (BOX_STARTS[-1] + BOX_SIDE, BOX_SIDE):
         came = f"a picture of {picture.width} x {picture.height} pixels"
         raise InputError(came, "400 x 100, as in NLVR 1.0", "use NLVR's own pictures")
@@ -304,7 +304,7 @@ def nlvr_choices(
     "All that decides a data folder made from NLVR, as `write_nlvr` keeps it in nlvr.json."
     return {"view": view, "held_out": sorted(map(str, held_out)), "per_drawing": per_drawing, "seed": seed, "fresh": fresh}
 
-# %% ../../nbs/lib/12_data.sources.ipynb #46b2f282
+# %% ../../nbs/lib/12_data.sources.ipynb #6169bc10
 def write_nlvr(
     folder: str | Path,  # NLVR
     output: str | Path,  # train.jsonl, validation.jsonl, test.jsonl (drawn.jsonl), pictures and SOURCE.md, whole or not at all
@@ -314,7 +314,7 @@ def write_nlvr(
     seed: int = 0,  # for these
     fresh: int = 0,  # drawings made for them; with these also mixed.jsonl, all there is to learn from
 ) -> Path:
-    "A data folder of NLVR's statements: records in JSONL, the pictures they need, and a note of the source."
+    "A data folder of NLVR's statements: records in JSONL, the pictures they need, and a note of the source. Raises InputError."
     folder, output, chance = Path(folder), Path(output), random.Random(seed)
     parts = nlvr_parts(folder, held_out, per_drawing, seed, fresh)
     require_space(output, 2**13 * 6 * sum(map(len, parts.values())))

@@ -52,13 +52,13 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %} {{ eos_token }}{% endif %}{% endfor %}"
 )
 
-# %% ../../nbs/lib/20_models.compose.ipynb #5df03206
+# %% ../../nbs/lib/20_models.compose.ipynb #8d838389
 def fold_statistics(
     linear: nn.Linear,  # the projector's first layer
     mean: Tensor,  # (D,) of the features it reads
     deviation: Tensor,  # (D,)
 ) -> None:
-    "Change a linear layer in place so that it normalises its input first."
+    "Change a linear layer in place so that it normalises its input first. Raises InputError."
     if (deviation <= 0).any():
         raise InputError(f"{int((deviation <= 0).sum())} feature dimensions that never vary", "positive deviations", "measure them on more images")
     with torch.no_grad():
