@@ -36,7 +36,7 @@ from .report import LIMITS, report
 from .teachers.vision import encoder_teacher, load_teacher
 from .train import configured, trainer_of
 
-# %% ../nbs/lib/85_experiment.ipynb #cac466b5
+# %% ../nbs/lib/85_experiment.ipynb #730faf53
 @dataclass(frozen=True)
 class Plan:
     "What an experiment does. `settings` go to every run of stage 2; sizes and worlds are the data's."
@@ -51,11 +51,16 @@ class Plan:
     fresh: int = 3000  # drawings made for 'nlvr' to learn descriptions from
     vary_parts: bool = False  # train encoder, teachers and language model anew for every seed
 
+    @property
+    def runs(self) -> tuple[str, ...]:
+        "The arms that are trained for each seed: the chosen ones, and the blind line."
+        return tuple(dict.fromkeys((*self.arms, "blind")))
+
     def __post_init__(self):
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or "plain" not in self.arms or len(set(self.arms)) < len(self.arms):
             raise InputError(f"arms {list(self.arms)}", f"different arms, 'plain' among them, from {list(ARMS)}", "correct --arms")
-        own = {key: arm for arm in (*self.arms, "blind") for key, value in ARMS.get(arm, {}).items() if value != VIRAL.get(key)}
+        own = {key: arm for arm in self.runs for key, value in ARMS.get(arm, {}).items() if value != VIRAL.get(key)}
         taken = [key for key in self.settings if key in {**own, **dict.fromkeys(("seed", "model", "parts", "data", "output_dir", "words_from", "stage"))}]
         if taken:
             raise InputError(f"settings {taken} for all arms", "settings that neither define an arm nor belong to the experiment",
@@ -114,7 +119,7 @@ class Job:
     def done(self) -> bool:
         return (self.output / "done.json").is_file()
 
-# %% ../nbs/lib/85_experiment.ipynb #ff46529b
+# %% ../nbs/lib/85_experiment.ipynb #390d7009
 def jobs_of(
     plan: Plan,
     folder: Path,  # the experiment's
@@ -127,7 +132,7 @@ def jobs_of(
         common = {"seed": seed, "disable_tqdm": True, **parts}
         stage1 = folder / f"seed{seed}" / "stage1"
         jobs.append(Job(stage1, f"{plan.recipe}_stage1", data, {**common, **plan.stage1}))
-        for arm in dict.fromkeys((*plan.arms, "blind")):
+        for arm in plan.runs:
             chosen = {key: value for key, value in plan.settings.items() if "align_weight" in ARMS[arm] or not (key.startswith("align_") or key == "teacher")}
             settings = {**common, "model": str(stage1 / "model"), **chosen}
             jobs.append(Job(folder / f"seed{seed}" / arm, f"{plan.recipe}_{arm}", data, settings, stage1))
@@ -196,24 +201,23 @@ def run_jobs(
             for process in running.values():
                 process.wait()
 
-# %% ../nbs/lib/85_experiment.ipynb #b8ad0936
+# %% ../nbs/lib/85_experiment.ipynb #742e1a5a
 def read_scores(
     plan: Plan,
     folder: Path,  # the experiment's
 ) -> pd.DataFrame:
     "Ask every run and collect the scores: seed, arm, category, correct, total, accuracy; 'majority' is an arm of its own."
     rows = []
-    arms = tuple(dict.fromkeys((*plan.arms, "blind")))
-    with tqdm(total=plan.seeds * len(arms), desc="asking") as bar:
+    with tqdm(total=plan.seeds * len(plan.runs), desc="asking") as bar:
         for seed in range(plan.seeds):
-            for arm in arms:
+            for arm in plan.runs:
                 table = score_run(folder / f"seed{seed}" / arm, prepare_data(plan, folder, seed)).assign(seed=seed)
                 rows.append(table.assign(arm=arm))
                 bar.update()
             rows.append(table.assign(arm="majority", accuracy=table.majority, correct=(table.majority * table.total).round().astype(int)))
     return pd.concat(rows)[["seed", "arm", "category", "correct", "total", "accuracy"]]
 
-# %% ../nbs/lib/85_experiment.ipynb #5287a883
+# %% ../nbs/lib/85_experiment.ipynb #e5edbcb7
 def read_curves(
     plan: Plan,
     folder: Path,  # the experiment's
@@ -221,7 +225,7 @@ def read_curves(
     "The curves of every run: seed, arm, step, name, value."
     parts = []
     for seed in range(plan.seeds):
-        for arm in dict.fromkeys((*plan.arms, "blind")):
+        for arm in plan.runs:
             parts.append(pd.read_csv(folder / f"seed{seed}" / arm / "curves.csv").assign(seed=seed, arm=arm))
     return pd.concat(parts)[["seed", "arm", "step", "name", "value"]]
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'UNITS', 'CURVES', 'MAY_DIFFER', 'RunConfig', 'AlignConfig', 'fits', 'parsed_setting', 'accumulation_of',
            'configured', 'AlignedModel', 'block_classes', 'blank_picture', 'unit_counts', 'with_targets', 'TermTrainer',
-           'AlignTrainer', 'answer_accuracy', 'save_aligned', 'below', 'as_sharded', 'load_aligned', 'RunFolder',
-           'last_checkpoint', 'words_of', 'dressed', 'student_of', 'compile_layers', 'teacher_of', 'targets_for',
-           'objective_of', 'mean_of_training_images', 'trainer_of', 'start_of', 'claim_folder', 'run', 'carry_out',
-           'save_left_out', 'finish', 'student_shape', 'shape_of_teacher', 'settings_told', 'sample_told', 'steps_told',
-           'forecast_of', 'rehearse', 'main']
+           'AlignTrainer', 'answer_accuracy', 'save_alignment', 'save_aligned', 'below', 'as_sharded', 'load_aligned',
+           'RunFolder', 'last_checkpoint', 'words_of', 'dressed', 'student_of', 'compile_layers', 'teacher_of',
+           'targets_for', 'objective_of', 'mean_of_training_images', 'trainer_of', 'start_of', 'claim_folder', 'run',
+           'carry_out', 'save_left_out', 'finish', 'student_shape', 'shape_of_teacher', 'settings_told', 'sample_told',
+           'steps_told', 'forecast_of', 'rehearse', 'main']
 
 # %% ../nbs/lib/51_train.ipynb #a94b225b
 import argparse
@@ -387,7 +387,20 @@ def answer_accuracy(
     metrics = {f"{prefix}_accuracy/{name}": round(value, 4) for name, value in shares.items()}
     return {f"{prefix}_accuracy": round(sum(shares.values()) / len(shares), 4), **metrics}
 
-# %% ../nbs/lib/51_train.ipynb #2b3138c8
+# %% ../nbs/lib/51_train.ipynb #a34798d0
+def save_alignment(
+    model: AlignedModel,  # whose objective is saved; without one nothing is written
+    path: Path,  # a safetensors file
+    state: dict | None = None,  # all weights by name, gathered, where processes share them; None: the model's own
+) -> None:
+    "The objective's weights, projector and all."
+    from safetensors.torch import save_file
+
+    if model.objective is not None:
+        weights = model.objective.state_dict() if state is None else below(state, "objective.")
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+
+# %% ../nbs/lib/51_train.ipynb #0c2daed5
 def save_aligned(
     model: AlignedModel,  # what to save
     processor,  # saved beside it
@@ -395,13 +408,9 @@ def save_aligned(
     state: dict | None = None,  # all weights by name, gathered, where processes share them; None: the model's own
 ) -> None:
     "The student by its own save_pretrained, the processor, and alignment.safetensors for the objective."
-    from safetensors.torch import save_file
-
     model.student.save_pretrained(folder, state_dict=None if state is None else below(state, "student."))
     processor.save_pretrained(folder)
-    if model.objective is not None:
-        weights = model.objective.state_dict() if state is None else below(state, "objective.")
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "alignment.safetensors")
+    save_alignment(model, folder / "alignment.safetensors", state)
 
 # %% ../nbs/lib/51_train.ipynb #113bd1d9
 def below(
@@ -720,7 +729,7 @@ def save_left_out(
     with whole_file(path) as temporary, open(temporary, "w", newline="") as handle:
         csv.writer(handle).writerows([("where", "id", "reason"), *((item.where, item.id, item.reason) for item in left_out)])
 
-# %% ../nbs/lib/51_train.ipynb #e868232c
+# %% ../nbs/lib/51_train.ipynb #2b2a5576
 def finish(
     trainer: AlignTrainer,  # after training
     facts: dict,  # seconds and metrics
@@ -728,7 +737,6 @@ def finish(
 ) -> None:
     "Write model/, alignment.safetensors and, last of all, done.json; remove the checkpoints."
     from peft import PeftModel
-    from safetensors.torch import save_file
 
     output, model = Path(trainer.args.output_dir), trainer.model
     student = model.student
@@ -741,9 +749,8 @@ def finish(
         trainer.processing_class.save_pretrained(folder)
         mark_changed(folder)
     if model.objective is not None:
-        weights = model.objective.state_dict() if state is None else below(state, "objective.")
         with whole_file(output / "alignment.safetensors") as path:
-            save_file({name: value.contiguous() for name, value in weights.items()}, path)
+            save_alignment(model, path, state)
     save_json({"steps": trainer.state.global_step, "checksum": checksum(student), "peak_memory_mib": round(peak_memory()), **facts}, output / "done.json")
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
