@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DESCRIPTIONS', 'LIMITS', 'CSS', 'PAGE', 'finding', 'summary_table', 'report', 'print_summary']
 
-# %% ../nbs/lib/82_report.ipynb #9835ab27
+# %% ../nbs/lib/82_report.ipynb #298fe5d3
 import base64
 import json
 import textwrap
@@ -19,7 +19,8 @@ from PIL import Image
 
 from .core import InputError, load_json, path_inside, whole_file
 from .evals.statistics import interval, mean_over_categories, paired, require_columns
-from .plots import cknna_figure, curves_figure, differences_figure, scores_figure, style
+from .figures import style
+from .plots import cknna_figure, curves_figure, differences_figure, scores_figure
 
 # %% ../nbs/lib/82_report.ipynb #c3653ed4
 DESCRIPTIONS = {  # arm: what it is, in one line
