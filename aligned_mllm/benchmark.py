@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'MODES', 'Shape', 'Options', 'student_and_teacher', 'batches_of', 'flop_per_token', 'step_of', 'interleaved',
            'summary_of', 'benchmark', 'parsed_options', 'main']
 
-# %% ../nbs/lib/86_benchmark.ipynb #3ed36e6c
+# %% ../nbs/lib/86_benchmark.ipynb #5ce3aa07
 import argparse
 import itertools
 import statistics
@@ -21,15 +21,17 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .assembly import compile_layers
 from .core import InputError, environment, peak_memory, save_json, seed_everything
 from .data.collate import IGNORED
 from .models.compose import STAGES, add_lora, parts_of, train_only
 from .objectives.base import combine
 from .objectives.viral import Viral
+from .settings import WEIGHTS
 from .teachers.cache import FeatureCache
 from .teachers.targets import Targets, whole_pictures
 from .teachers.vision import Teacher
-from .train import WEIGHTS, AlignedModel, compile_layers, with_targets
+from .train import AlignedModel, with_targets
 
 # %% ../nbs/lib/86_benchmark.ipynb #1398cd2a
 @dataclass(frozen=True)

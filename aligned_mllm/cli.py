@@ -35,13 +35,13 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("recipes", help="list the recipes")
     return parser
 
-# %% ../nbs/lib/90_cli.ipynb #d87cfea9
+# %% ../nbs/lib/90_cli.ipynb #a05573e4
 def plan_of(
     options: argparse.Namespace,  # of the command experiment
 ):
     "The plan that the options ask for; raises InputError."
     from aligned_mllm.experiment import QUICK, Plan
-    from aligned_mllm.train import parsed_setting
+    from aligned_mllm.settings import parsed_setting
 
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}", "at least 1", "correct it")

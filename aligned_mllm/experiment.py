@@ -7,7 +7,7 @@ __all__ = ['QUICK', 'Plan', 'prepare_data', 'Job', 'jobs_of', 'check_jobs', 'ste
            'read_curves', 'read_costs', 'read_cknna', 'read_examples', 'unlearnt', 'limits_of', 'joined_plan',
            'settings_of', 'record_of', 'worker_count', 'experiment']
 
-# %% ../nbs/lib/85_experiment.ipynb #d991dfe5
+# %% ../nbs/lib/85_experiment.ipynb #b30367ff
 import json
 import os
 import signal
@@ -33,8 +33,9 @@ from .models.compose import load_model
 from .models.parts import build_parts
 from .recipes import ABOUT, ARMS, VIRAL, recipe
 from .report import LIMITS, report
+from .settings import configured
 from .teachers.vision import encoder_teacher, load_teacher
-from .train import configured, trainer_of
+from .train import trainer_of
 
 # %% ../nbs/lib/85_experiment.ipynb #730faf53
 @dataclass(frozen=True)
