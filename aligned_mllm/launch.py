@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'fsdp_config', 'deepspeed_config', 'launch_config', 'write_configs', 'main']
 
-# %% ../nbs/lib/56_launch.ipynb #871d45d3
+# %% ../nbs/lib/56_launch.ipynb #da79eaf0
 import argparse
 import sys
 from pathlib import Path
 
-from .core import InputError, save_json, whole_file
+from .core import InputError, command, save_json, whole_file
 
 # %% ../nbs/lib/56_launch.ipynb #2a66bd03
 def fsdp_config() -> dict:
@@ -48,14 +48,16 @@ def launch_config(
         return {**common, "distributed_type": "FSDP", "fsdp_config": fsdp_config()}
     return {**common, "distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(Path(folder) / f"{kind}.json"), "zero3_init_flag": False}}
 
-# %% ../nbs/lib/56_launch.ipynb #6f742d0e
+# %% ../nbs/lib/56_launch.ipynb #608069a3
 def write_configs(
     folder: str | Path,  # made when it is not there
 ) -> list[Path]:
-    "Write fsdp2.yaml, zero2.yaml, zero3.yaml for accelerate, and zero2.json, zero3.json for DeepSpeed; returns their paths."
+    "Write fsdp2.yaml, zero2.yaml, zero3.yaml for accelerate, and zero2.json, zero3.json for DeepSpeed; returns their paths. Raises InputError."
     import yaml
 
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file", "a folder, or a name for a new one", "choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     for stage in (2, 3):
         save_json(deepspeed_config(stage), folder / f"zero{stage}.json")
@@ -64,11 +66,12 @@ def write_configs(
             Path(path).write_text(yaml.safe_dump(launch_config(kind, folder), sort_keys=False))
     return sorted([*folder.glob("*.json"), *folder.glob("*.yaml")])
 
-# %% ../nbs/lib/56_launch.ipynb #2f39fa88
+# %% ../nbs/lib/56_launch.ipynb #5ba365b8
+@command
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
-    "Entry of `python -m aligned_mllm.launch`: writes the files and names them."
+    "Entry of `python -m aligned_mllm.launch`: writes the files and names them; exit status 2 for bad input."
     parser = argparse.ArgumentParser(prog="aligned_mllm.launch", description="Write configuration files for accelerate launch.")
     parser.add_argument("--output", required=True, help="a folder")
     for path in write_configs(parser.parse_args(arguments).output):

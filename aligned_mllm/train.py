@@ -8,12 +8,11 @@ __all__ = ['UNITS', 'CURVES', 'MAY_DIFFER', 'AlignedModel', 'block_classes', 'bl
            'load_aligned', 'RunFolder', 'last_checkpoint', 'trainer_of', 'start_of', 'claim_folder', 'run', 'carry_out',
            'save_left_out', 'finish', 'rehearse', 'main']
 
-# %% ../nbs/lib/54_train.ipynb #e7dd575c
+# %% ../nbs/lib/54_train.ipynb #48b51a31
 import argparse
 import csv
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -29,7 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from .assembly import objective_of, student_of, targets_for, teacher_of
 from aligned_mllm.core import (
-    InputError, checksum, data_folder, environment, load_json, peak_memory, require_space, save_json, seed_everything, sole_owner, whole_file,
+    InputError, checksum, command, data_folder, environment, load_json, peak_memory, require_space, save_json, seed_everything, sole_owner, whole_file,
     whole_folder,
 )  # fmt: skip
 from .data.collate import Collator, Samples, model_inputs
@@ -495,7 +494,8 @@ def rehearse(
     "Both stages of a recipe with tiny random parts and drawn data, offline; returns the run folder. Raises InputError."
     return [run(*stage) for stage in rehearsal_of(name, output, settings)][-1]
 
-# %% ../nbs/lib/54_train.ipynb #734b1c37
+# %% ../nbs/lib/54_train.ipynb #752760f7
+@command
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
@@ -519,10 +519,6 @@ def main(
             rehearse(options.recipe, options.output, settings)
         else:
             run(options.recipe, options.data, options.output, settings)
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"aligned_mllm: {error}", file=sys.stderr)
-        return 2
     except (OSError, SafetensorError) as error:
         print(f"aligned_mllm: {error}. The run folder keeps its last whole checkpoint; run the same command again", file=sys.stderr)
         return 3
