@@ -198,11 +198,11 @@ def seed_everything(
 
     set_seed(seed)
 
-# %% ../nbs/lib/00_core.ipynb #b1db9a98
+# %% ../nbs/lib/00_core.ipynb #3ab719b3
 def environment() -> dict:
     "Versions of what the results depend on, the commit of this library (with '+' where files were changed), and the machine."
     versions = {}
-    for name in ("aligned_mllm", "torch", "transformers", "peft", "accelerate", "numpy"):
+    for name in ("aligned_mllm", "torch", "transformers", "peft", "accelerate", "numpy", "pillow", "torchvision"):  # the last two make pixels
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
