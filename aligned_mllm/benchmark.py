@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'MODES', 'Shape', 'Options', 'student_and_teacher', 'batches_of', 'flop_per_token', 'step_of', 'interleaved',
            'summary_of', 'benchmark', 'parsed_options', 'main']
 
-# %% ../nbs/lib/86_benchmark.ipynb #3ed36e6c
+# %% ../nbs/lib/86_benchmark.ipynb #2a416da6
 import argparse
 import itertools
 import statistics
@@ -21,15 +21,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .core import InputError, environment, peak_memory, save_json, seed_everything
+from .assembly import compile_layers
+from .core import InputError, command, environment, peak_memory, save_json, seed_everything
 from .data.collate import IGNORED
 from .models.compose import STAGES, add_lora, parts_of, train_only
 from .objectives.base import combine
 from .objectives.viral import Viral
+from .settings import WEIGHTS
 from .teachers.cache import FeatureCache
 from .teachers.targets import Targets, whole_pictures
 from .teachers.vision import Teacher
-from .train import WEIGHTS, AlignedModel, compile_layers, with_targets
+from .train import AlignedModel, with_targets
 
 # %% ../nbs/lib/86_benchmark.ipynb #1398cd2a
 @dataclass(frozen=True)
@@ -279,18 +281,15 @@ def parsed_options(
                       tuple(said.modes))  # fmt: skip
     return shape, options, said.output
 
-# %% ../nbs/lib/86_benchmark.ipynb #633ba88c
+# %% ../nbs/lib/86_benchmark.ipynb #88e73f3e
+@command
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
-    "Entry of `python -m aligned_mllm.benchmark`: prints the table, and keeps it as speed.csv beside speed.json with all facts."
-    try:
-        shape, options, output = parsed_options(arguments)
-        torch.backends.cuda.matmul.allow_tf32 = True  # for the alignment projector, which stays float32
-        table, facts = benchmark(shape, options)
-    except InputError as error:
-        print(f"aligned_mllm: {error}", file=sys.stderr)
-        return 2
+    "Entry of `python -m aligned_mllm.benchmark`: prints the table, and keeps it as speed.csv beside speed.json with all facts; exit status 2 for bad input."
+    shape, options, output = parsed_options(arguments)
+    torch.backends.cuda.matmul.allow_tf32 = True  # for the alignment projector, which stays float32
+    table, facts = benchmark(shape, options)
     print(table.to_string(float_format="{:.4g}".format))
     print(f"resident for the alignment {facts['resident MiB']:.1f} MiB, peak of the process {facts['process peak MiB']:.0f} MiB, "
           f"{options.blocks} blocks of {options.steps} steps")  # fmt: skip

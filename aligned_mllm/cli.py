@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FULL', 'command_line', 'plan_of', 'stop_when_told', 'main']
 
-# %% ../nbs/lib/90_cli.ipynb #70b6cbd4
+# %% ../nbs/lib/90_cli.ipynb #30ca37e3
 import argparse
 import signal
 import sys
 from pathlib import Path
 
-from .core import InputError
+from .core import InputError, command
 from .recipes import ABOUT, ARMS, recipe_names
 
 # %% ../nbs/lib/90_cli.ipynb #2c735f7d
@@ -35,13 +35,13 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("recipes", help="list the recipes")
     return parser
 
-# %% ../nbs/lib/90_cli.ipynb #d87cfea9
+# %% ../nbs/lib/90_cli.ipynb #a05573e4
 def plan_of(
     options: argparse.Namespace,  # of the command experiment
 ):
     "The plan that the options ask for; raises InputError."
     from aligned_mllm.experiment import QUICK, Plan
-    from aligned_mllm.train import parsed_setting
+    from aligned_mllm.settings import parsed_setting
 
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}", "at least 1", "correct it")
@@ -64,7 +64,8 @@ def stop_when_told() -> None:
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), signal.default_int_handler)
 
-# %% ../nbs/lib/90_cli.ipynb #59daaa6c
+# %% ../nbs/lib/90_cli.ipynb #fe9e9b7c
+@command
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
@@ -87,9 +88,6 @@ def main(
             page = experiment(folder, plan_of(options), "aligned-mllm " + " ".join(arguments or sys.argv[1:]))
             print_summary(folder)
             print(f"\n{page}")
-    except InputError as error:
-        print(f"aligned-mllm: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"aligned-mllm: {error}. What is finished is kept; run the same command again", file=sys.stderr)
         return 3

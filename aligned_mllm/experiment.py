@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'Plan', 'prepare_data', 'Job', 'jobs_of', 'check_jobs', 'steps_done', 'start_job', 'run_jobs', 'read_scores',
-           'read_curves', 'read_costs', 'read_cknna', 'read_examples', 'unlearnt', 'limits_of', 'joined_plan',
-           'settings_of', 'record_of', 'worker_count', 'experiment']
+           'read_curves', 'read_costs', 'measure_cknna', 'read_cknna', 'read_examples', 'unlearnt', 'limits_of',
+           'joined_plan', 'settings_of', 'record_of', 'worker_count', 'experiment']
 
-# %% ../nbs/lib/85_experiment.ipynb #d991dfe5
+# %% ../nbs/lib/85_experiment.ipynb #b30367ff
 import json
 import os
 import signal
@@ -33,8 +33,9 @@ from .models.compose import load_model
 from .models.parts import build_parts
 from .recipes import ABOUT, ARMS, VIRAL, recipe
 from .report import LIMITS, report
+from .settings import configured
 from .teachers.vision import encoder_teacher, load_teacher
-from .train import configured, trainer_of
+from .train import trainer_of
 
 # %% ../nbs/lib/85_experiment.ipynb #730faf53
 @dataclass(frozen=True)
@@ -217,16 +218,14 @@ def read_scores(
             rows.append(table.assign(arm="majority", accuracy=table.majority, correct=(table.majority * table.total).round().astype(int)))
     return pd.concat(rows)[["seed", "arm", "category", "correct", "total", "accuracy"]]
 
-# %% ../nbs/lib/85_experiment.ipynb #e5edbcb7
+# %% ../nbs/lib/85_experiment.ipynb #68f42401
 def read_curves(
-    plan: Plan,
-    folder: Path,  # the experiment's
+    folder: Path,  # the experiment's; its plan.json says which runs there are
 ) -> pd.DataFrame:
-    "The curves of every run: seed, arm, step, name, value."
-    parts = []
-    for seed in range(plan.seeds):
-        for arm in plan.runs:
-            parts.append(pd.read_csv(folder / f"seed{seed}" / arm / "curves.csv").assign(seed=seed, arm=arm))
+    "The curves of every run: seed, arm, step, name, value. Raises InputError where no plan lies."
+    plan = load_json(folder / "plan.json")
+    runs = [(seed, arm) for seed in plan["seeds"] for arm in plan["runs"]]
+    parts = [pd.read_csv(folder / f"seed{seed}" / arm / "curves.csv").assign(seed=seed, arm=arm) for seed, arm in runs]
     return pd.concat(parts)[["seed", "arm", "step", "name", "value"]]
 
 # %% ../nbs/lib/85_experiment.ipynb #fcc9a6e6
@@ -243,7 +242,35 @@ def read_costs(
                      "peak_memory_mib": facts["peak_memory_mib"], "trainable_parameters": sum(part["trained"] for part in audit.values())})  # fmt: skip
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/85_experiment.ipynb #2ee93255
+# %% ../nbs/lib/85_experiment.ipynb #c0f77999
+def measure_cknna(
+    plan: Plan,
+    folder: Path,  # the experiment's
+    seed: int,
+    kept: dict[str, Path],  # for each arm to measure, the table to write
+    pictures: int,  # test pictures looked at
+    neighbours: int,  # k
+    permutations: int,  # for the null
+) -> None:
+    "Write a table for each arm of a seed: layer, reference, value, null, k, n. Pictures are opened once, each different teacher is run once."
+    data = prepare_data(plan, folder, seed)
+    records = Records(data / "test.jsonl", data, check_images=False)
+    names = list(dict.fromkeys(records[index].images[0] for index in range(len(records))))[:pictures]
+    images, features = [open_image(name, data) for name in names], {}
+    dense = load_teacher("dense", folder / "parts" / f"seed{seed}" if plan.vary_parts else "")
+    for arm, path in kept.items():
+        model, processor = load_model(folder / f"seed{seed}" / arm / "model")
+        states = {layer: value.flatten(0, 1) for layer, value in visual_states(model, processor, images).items()}
+        found = []
+        for reference, teacher in {"encoder": encoder_teacher(model, processor), "teacher": dense}.items():
+            if teacher.seal not in features:  # an encoder that no arm has trained is one teacher for all of them
+                features[teacher.seal] = reference_features(teacher, images, round((len(states[0]) / len(images)) ** 0.5)).flatten(0, 1)
+            table = cknna_by_layer(states, features[teacher.seal], k=neighbours, permutations=permutations, seed=seed)
+            found.append(table.assign(reference=reference, k=neighbours, n=len(features[teacher.seal])))
+        with whole_file(path) as temporary:
+            pd.concat(found).to_csv(temporary, index=False)
+
+# %% ../nbs/lib/85_experiment.ipynb #18db702a
 def read_cknna(
     plan: Plan,
     folder: Path,  # the experiment's
@@ -253,27 +280,12 @@ def read_cknna(
 ) -> pd.DataFrame:
     "CKNNA of each run's visual tokens to the encoder and to the dense teacher, by layer, with its permutation null."
     tables = []
-    arms = [(seed, arm) for seed in range(plan.seeds) for arm in plan.arms]
-    for seed, arm in tqdm(arms, desc="CKNNA"):
-        kept = folder / f"seed{seed}" / arm / f"cknna_k{neighbours}_{pictures}pictures_{permutations}shuffles.csv"
-        if not kept.is_file():
-            data = prepare_data(plan, folder, seed)
-            records = Records(data / "test.jsonl", data, check_images=False)
-            names = list(dict.fromkeys(records[index].images[0] for index in range(len(records))))[:pictures]
-            images = [open_image(name, data) for name in names]
-            model, processor = load_model(folder / f"seed{seed}" / arm / "model")
-            states = {layer: value.flatten(0, 1) for layer, value in visual_states(model, processor, images).items()}
-            parts = folder / "parts" / f"seed{seed}" if plan.vary_parts else ""
-            teachers = {"encoder": encoder_teacher(model, processor), "teacher": load_teacher("dense", parts)}
-            found = []
-            for reference, teacher in teachers.items():
-                side = round((len(states[0]) / len(images)) ** 0.5)
-                features = reference_features(teacher, images, side).flatten(0, 1)
-                table = cknna_by_layer(states, features, k=neighbours, permutations=permutations, seed=seed)
-                found.append(table.assign(reference=reference, k=neighbours, n=len(features)))
-            with whole_file(kept) as path:
-                pd.concat(found).to_csv(path, index=False)
-        tables.append(pd.read_csv(kept).assign(seed=seed, arm=arm, permutations=permutations))
+    for seed in tqdm(range(plan.seeds), desc="CKNNA"):
+        kept = {arm: folder / f"seed{seed}" / arm / f"cknna_k{neighbours}_{pictures}pictures_{permutations}shuffles.csv" for arm in plan.arms}
+        missing = {arm: path for arm, path in kept.items() if not path.is_file()}
+        if missing:
+            measure_cknna(plan, folder, seed, missing, pictures, neighbours, permutations)
+        tables += [pd.read_csv(path).assign(seed=seed, arm=arm, permutations=permutations) for arm, path in kept.items()]
     return pd.concat(tables)[["seed", "arm", "layer", "reference", "value", "null_low", "null_high", "k", "n", "permutations"]]
 
 # %% ../nbs/lib/85_experiment.ipynb #ddc6587c
@@ -347,7 +359,7 @@ def settings_of(
     chosen = {"recipe": plan.recipe, "settings": plan.settings, "stage1": plan.stage1, "sizes": vars(plan.sizes), "fresh": plan.fresh, "vary_parts": plan.vary_parts}
     return json.loads(json.dumps(chosen))
 
-# %% ../nbs/lib/85_experiment.ipynb #e0f48a40
+# %% ../nbs/lib/85_experiment.ipynb #077230a9
 def record_of(
     plan: Plan,
     command: str,  # what the user typed
@@ -355,7 +367,8 @@ def record_of(
     "All that the report says of a plan, as plan.json keeps it."
     steps = plan.settings.get("max_steps", recipe(f"{plan.recipe}_viral")["max_steps"])
     return {
-        "recipe": plan.recipe, "seeds": list(range(plan.seeds)), "arms": list(plan.arms), "about": {arm: ABOUT.get(arm, "") for arm in plan.arms},
+        "recipe": plan.recipe, "seeds": list(range(plan.seeds)), "arms": list(plan.arms), "runs": list(plan.runs),
+        "about": {arm: ABOUT.get(arm, "") for arm in plan.arms},
         "command": command, "settings": settings_of(plan), "limits": limits_of(plan), "environment": environment(),
         "warning": f"Far too short to mean anything: {steps} steps. It shows that everything works." if steps < 200 else "",
         "aligned_layer": plan.settings.get("align_layers", VIRAL["align_layers"])[0],
@@ -368,7 +381,7 @@ def worker_count() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if torch.cuda.is_available() else max(1, min(cores, 8))
 
-# %% ../nbs/lib/85_experiment.ipynb #85a06233
+# %% ../nbs/lib/85_experiment.ipynb #c4e178b5
 def experiment(
     folder: str | Path,  # where everything goes
     plan: Plan = Plan(),
@@ -388,7 +401,7 @@ def experiment(
         save_json(record_of(plan, command), folder / "plan.json")
         run_jobs(jobs_of(plan, folder), workers=worker_count())
         scores = read_scores(plan, folder)
-        tables = {"scores": scores, "curves": read_curves(plan, folder), "cknna": read_cknna(plan, folder), "cost": read_costs(plan, folder)}
+        tables = {"scores": scores, "curves": read_curves(folder), "cknna": read_cknna(plan, folder), "cost": read_costs(plan, folder)}
         for name, table in tables.items():
             with whole_file(folder / f"{name}.csv") as path:
                 table.to_csv(path, index=False)

@@ -35,3 +35,13 @@ def parts() -> Path:
 def small_data(tmp_path_factory) -> Path:
     "Drawn scenes, few of them."
     return write_scenes(tmp_path_factory.mktemp("scenes") / "data", 0, Sizes(train=120, captions=96, validation=20, test=20))
+
+
+def pytest_report_header() -> list[str]:
+    "Says aloud which processors are real: without torchvision transformers has no video processors, without num2words no SmolVLM processor."
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torchvision", "num2words") if find_spec(name) is None]
+    if not missing:
+        return ["video processors: transformers' own"]
+    return [f"video processors: STAND-INS, for want of {' and '.join(missing)}; processors that have one are tested for pictures only"]

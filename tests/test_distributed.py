@@ -16,7 +16,8 @@ from aligned_mllm.data.collate import Collator
 from aligned_mllm.launch import deepspeed_config, fsdp_config, launch_config, write_configs
 from aligned_mllm.models.taps import Taps, decoder_layers
 from aligned_mllm.objectives.viral import minus_cosine
-from aligned_mllm.train import AlignedModel, as_sharded, configured, load_aligned, run, save_aligned, trainer_of, with_targets
+from aligned_mllm.settings import configured
+from aligned_mllm.train import AlignedModel, as_sharded, load_aligned, run, save_aligned, trainer_of, with_targets
 
 FEW = {"max_steps": 3, "logging_steps": 1, "evaluation_records": "", "save_steps": 3, "disable_tqdm": True, "per_device_train_batch_size": 8}
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from conftest import ENVIRONMENT
 
+from aligned_mllm import experiment
 from aligned_mllm.cli import main
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.evals.task import score_run
@@ -169,3 +170,24 @@ def test_the_report_in_a_browser(quick):
         assert figures >= 4 and page.locator(".js-plotly-plot .main-svg").count() >= figures
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than the window"
         assert said == [] and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
+
+
+def test_cknna_opens_pictures_and_runs_each_teacher_once_a_seed(quick, tmp_path, monkeypatch):
+    folder, asked = shutil.copytree(quick, tmp_path / "copy"), []
+    tables = {path: path.read_bytes() for path in folder.glob("seed0/*/cknna_*.csv")}
+    for name in ("open_image", "reference_features"):
+        plain = getattr(experiment, name)
+        monkeypatch.setattr(experiment, name, lambda first, *rest, plain=plain: asked.append(getattr(first, "name", "picture")) or plain(first, *rest))
+    for path in tables:
+        path.unlink()
+    found = experiment.read_cknna(Plan(**QUICK), folder)
+    assert {name: asked.count(name) for name in set(asked)} == {"picture": 40, "encoder": 1, "dense": 1}
+    assert len(tables) == 3 and all(path.read_bytes() == before for path, before in tables.items())
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), pd.read_csv(folder / "cknna.csv"))
+
+
+def test_curves_are_those_of_the_plan_in_the_folder(quick, tmp_path):
+    curves = experiment.read_curves(quick)
+    assert list(dict.fromkeys(curves.arm)) == [*ARMS, "blind"] and set(curves.seed) == {0}
+    with pytest.raises(InputError, match="plan.json"):
+        experiment.read_curves(tmp_path)

@@ -14,9 +14,11 @@ from aligned_mllm.data.records import Records
 from aligned_mllm.forecast import words_in
 from aligned_mllm.models.compose import composed_model, load_model
 from aligned_mllm.papers import ROWS, paper_recipe, paper_recipe_names, sources_of, stage1_of
+from aligned_mllm.preview import forecast_of
 from aligned_mllm.rehearsal import tiny_data, tiny_settings
+from aligned_mllm.settings import configured
 from aligned_mllm.shapes import PUBLISHED
-from aligned_mllm.train import configured, forecast_of, main, rehearse
+from aligned_mllm.train import main, rehearse
 
 FEW = {"use_cpu": True, "max_steps": 2}
 ALL_ROWS = bool(os.environ.get("ALL_ROWS"))  # every row, in two minutes; otherwise those that differ in kind

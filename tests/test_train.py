@@ -15,7 +15,8 @@ from conftest import ENVIRONMENT, train, train_command
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, checksum, load_json
-from aligned_mllm.train import configured, parsed_setting, run, trainer_of
+from aligned_mllm.settings import configured, parsed_setting
+from aligned_mllm.train import run, trainer_of
 
 FEW = {"max_steps": 6, "logging_steps": 1, "eval_steps": 6, "save_steps": 3, "disable_tqdm": True, "per_device_train_batch_size": 8}
 WORDS = [f"{key}={json.dumps(value)}" for key, value in FEW.items()]

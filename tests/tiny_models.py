@@ -82,11 +82,13 @@ def vision_sizes(**more) -> dict:
     return {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 40, "patch_size": 8, **more}
 
 
-def video_stand_in():
-    "A video processor for the processors that demand one; pictures never touch it."
+def video_part(kind: str):
+    "The family's own video processor; without torchvision, which it needs, a stand-in that pictures never touch. pytest's first lines say which of the two."
+    import transformers
+    from transformers.utils import is_torchvision_available
     from transformers.video_processing_utils import BaseVideoProcessor
 
-    return BaseVideoProcessor()
+    return getattr(transformers, kind)() if is_torchvision_available() else BaseVideoProcessor()
 
 
 def picture_only(processor_class: type) -> type:
@@ -154,7 +156,7 @@ def llava_onevision():
     processor = picture_only(LlavaOnevisionProcessor)(
         pictures,
         tokenizer,
-        video_stand_in(),
+        video_part("LlavaOnevisionVideoProcessor"),
         num_image_tokens=25,
         vision_feature_select_strategy="full",
         chat_template=template,
@@ -179,21 +181,21 @@ def qwen(generation: str = "2_5"):
         vision = dict(depth=2, embed_dim=32, hidden_size=32, mlp_ratio=2, num_heads=2, patch_size=8)
         config = transformers.Qwen2VLConfig(vision_config=vision, text_config=text, **ids)
         return transformers.Qwen2VLForConditionalGeneration(config), picture_only(transformers.Qwen2VLProcessor)(
-            pictures, tokenizer, video_stand_in(), chat_template=template
+            pictures, tokenizer, video_part("Qwen2VLVideoProcessor"), chat_template=template
         )
     if generation == "2_5":
         text.pop("head_dim")
         vision = dict(depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8, window_size=32, fullatt_block_indexes=[1])
         config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
         return transformers.Qwen2_5_VLForConditionalGeneration(config), picture_only(transformers.Qwen2_5_VLProcessor)(
-            pictures, tokenizer, video_stand_in(), chat_template=template
+            pictures, tokenizer, video_part("Qwen2VLVideoProcessor"), chat_template=template
         )
     vision = dict(
         depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8, num_position_embeddings=64, deepstack_visual_indexes=[0]
     )
     config = transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **ids)
     return transformers.Qwen3VLForConditionalGeneration(config), picture_only(transformers.Qwen3VLProcessor)(
-        pictures, tokenizer, video_stand_in(), chat_template=template
+        pictures, tokenizer, video_part("Qwen3VLVideoProcessor"), chat_template=template
     )
 
 
@@ -210,7 +212,7 @@ def internvl():
         vision_config=vision, text_config=Qwen2Config(**text_sizes(tokenizer)), image_token_id=tokenizer.context_image_token_id, image_seq_length=16
     )
     return InternVLForConditionalGeneration(config), picture_only(InternVLProcessor)(
-        pictures, tokenizer, video_stand_in(), image_seq_length=16, chat_template=template
+        pictures, tokenizer, video_part("InternVLVideoProcessor"), image_seq_length=16, chat_template=template
     )
 
 
@@ -237,7 +239,7 @@ def idefics3(smol: bool = False):
     )
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     if smol and is_num2words_available():  # without it, SmolVLM's processor cannot be made; Idefics 3's writes the same
-        return model, picture_only(transformers.SmolVLMProcessor)(pictures, tokenizer, video_stand_in(), image_seq_len=16, chat_template=IDEFICS)
+        return model, picture_only(transformers.SmolVLMProcessor)(pictures, tokenizer, video_part("SmolVLMVideoProcessor"), image_seq_len=16, chat_template=IDEFICS)
     return model, transformers.Idefics3Processor(pictures, tokenizer, image_seq_len=16, chat_template=IDEFICS)
 
 

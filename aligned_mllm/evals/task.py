@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_right', 'answers_of', 'majority_answers', 'score_table', 'score_run', 'main']
 
-# %% ../../nbs/lib/60_evals.task.ipynb #8b28bd5a
+# %% ../../nbs/lib/60_evals.task.ipynb #f4445988
 import argparse
 import json
 import sys
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core import InputError, load_json, save_json, whole_file
+from ..core import InputError, command, load_json, save_json, whole_file
 from ..data.collate import Collator, Samples, model_inputs
 from ..data.records import Records
 from .statistics import wilson
@@ -113,21 +113,18 @@ def score_run(
     save_json(what, run / "scores.json")
     return table
 
-# %% ../../nbs/lib/60_evals.task.ipynb #2363891c
+# %% ../../nbs/lib/60_evals.task.ipynb #36b08408
+@command
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
-    "Entry of `python -m aligned_mllm.evals.task`."
+    "Entry of `python -m aligned_mllm.evals.task`; exit status 2 for bad input."
     parser = argparse.ArgumentParser(prog="aligned_mllm.evals.task", description="Score a finished run.")
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--records", default="test.jsonl", help="what to ask, below the data folder")
     options = parser.parse_args(arguments)
-    try:
-        print(score_run(options.run, options.data, options.records).round(3).to_string(index=False))
-    except InputError as error:
-        print(f"aligned_mllm: {error}", file=sys.stderr)
-        return 2
+    print(score_run(options.run, options.data, options.records).round(3).to_string(index=False))
     return 0
 
 # %% ../../nbs/lib/60_evals.task.ipynb #91b14ae4

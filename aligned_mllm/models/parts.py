@@ -8,7 +8,7 @@ __all__ = ['WIDTH', 'HEADS', 'SIZE', 'PATCH', 'image_processor', 'pixels_of', 'a
            'train_self_supervised_teacher', 'normalise_output', 'told_sample', 'train_language_model', 'told_accuracy',
            'patch_probe', 'build_part', 'build_parts', 'embedded_model', 'main']
 
-# %% ../../nbs/lib/23_models.parts.ipynb #77afa8d5
+# %% ../../nbs/lib/23_models.parts.ipynb #5293993f
 import argparse
 import sys
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..core import InputError, checksum, load_json, save_json, seed_everything, whole_folder
+from ..core import InputError, checksum, command, load_json, save_json, seed_everything, whole_folder
 from aligned_mllm.data.scenes import (
     CATEGORIES, Balance, Scene, World, caption, draw, label_map, scenes_of, textual_scene, vocabulary,
 )  # fmt: skip
@@ -355,7 +355,7 @@ def build_part(
     statistics = {"mean": seen.flatten(0, 1).mean(0).tolist(), "deviation": seen.flatten(0, 1).std(0).tolist()}
     return {"curves": curve, "checksums": checksum(model), "probe": patch_probe(probed, held), "statistics": statistics}
 
-# %% ../../nbs/lib/23_models.parts.ipynb #e31e4642
+# %% ../../nbs/lib/23_models.parts.ipynb #bbecfd7d
 def build_parts(
     folder: str | Path,  # where to put them; appears whole or not at all
     seed: int = 0,
@@ -363,7 +363,9 @@ def build_parts(
     scale: float = 1.0,  # of all step counts; 1 takes about half an hour on two cores
     workers: int = 2,  # parts trained at the same time; 1 stays in this process
 ) -> Path:
-    "Train and save the encoder, both teachers and the language model, with their curves and probes in parts.json."
+    "Train and save the encoder, both teachers and the language model, with their curves and probes in parts.json. Raises InputError."
+    if scale <= 0 or seed < 0:
+        raise InputError(f"seed {seed} and scale {scale:g}", "a seed from 0 and a positive factor on the step counts", "correct them")
     names = ("language_model", "encoder", "teacher_self_supervised", "teacher_dense")
     with whole_folder(folder, "parts.json") as temporary:
         tasks = [(name, temporary, seed, world, scale) for name in names]
@@ -401,11 +403,12 @@ def embedded_model(
     return compose(tower, language_model, tokenizer,
                    AutoImageProcessor.from_pretrained(folder / "encoder"), statistics=statistics, seed=seed)  # fmt: skip
 
-# %% ../../nbs/lib/23_models.parts.ipynb #ebce3590
+# %% ../../nbs/lib/23_models.parts.ipynb #6e7ac7be
+@command
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
-    "Entry of `python -m aligned_mllm.models.parts`."
+    "Entry of `python -m aligned_mllm.models.parts`; exit status 2 for bad input."
     parser = argparse.ArgumentParser(prog="aligned_mllm.models.parts", description="Train the embedded parts.")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--seed", type=int, default=0)

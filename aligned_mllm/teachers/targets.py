@@ -78,7 +78,7 @@ def whole_pictures(
     return {"image_names": list(names), "teacher_pixels": list(pixels), "grids": torch.tensor([tuple(grid)] * count).view(count, 2),
             "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]] * count).view(count, 4), "view_of": torch.arange(count)}  # fmt: skip
 
-# %% ../../nbs/lib/31_teachers.targets.ipynb #1c40215d
+# %% ../../nbs/lib/31_teachers.targets.ipynb #13354419
 class Targets:
     "Target features of a batch of views: `targets(batch)` gives (features (V, D), keep (V,) bool), without gradient."
 
@@ -106,10 +106,8 @@ class Targets:
         "The teacher's features of each view, (rows * columns, D) on the student's grid: each different view run once."
         return features_of_views(self, batch)
 
-    def __call__(self, batch: dict, pixels: Tensor | None = None, grid: tuple[int, int] | None = None):
-        "(features (V, D), keep (V,)) of a batch; of names, pixels and one grid, features (I, rows * columns, D)."
-        if pixels is not None:
-            return self(whole_pictures(batch, pixels, grid))[0].unflatten(0, (len(batch), -1))
+    def __call__(self, batch: dict) -> tuple[Tensor, Tensor]:
+        "(features (V, D), keep (V,) bool) of a batch, in the order of its visual tokens."
         found = targets_of(self, views_of(batch), self.features(batch))
         none = torch.zeros(0, self.teacher.width), torch.zeros(0, dtype=torch.bool)
         return tuple(torch.cat(parts) for parts in zip(*found)) if found else none

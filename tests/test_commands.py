@@ -1,0 +1,63 @@
+"Every command of the package answers bad input with one line and exit status 2. The commands are found by looking, so that a new one cannot be forgotten."
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT
+
+from aligned_mllm.core import InputError, command
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8") for path in sorted((ROOT / "aligned_mllm").rglob("*.py"))}
+COMMANDS = [name for name, source in MODULES.items() if "__main__" in source or re.search(r"^def main\(", source, re.M)]
+BAD = {  # for each command words that argparse takes and the command must refuse; FILE stands for a file where a folder belongs
+    "aligned_mllm.benchmark": ["--device", "cpu", "--steps", "0"],
+    "aligned_mllm.cli": ["experiment", "--seeds", "0"],
+    "aligned_mllm.evals.task": ["--run", "FILE/nowhere", "--data", "FILE"],
+    "aligned_mllm.launch": ["--output", "FILE"],
+    "aligned_mllm.models.parts": ["--output", "FILE"],
+    "aligned_mllm.train": ["--recipe", "scenes_viral", "--data", "FILE", "--output", "FILE", "--set", "align_layers=many"],
+}
+
+
+def words_of(name: str, folder: Path) -> list[str]:
+    (folder / "file").write_text("not a folder")
+    return [word.replace("FILE", str(folder / "file")) for word in BAD[name]]
+
+
+def test_every_command_has_a_bad_case():
+    assert COMMANDS == sorted(BAD)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_bad_input_is_one_line_and_status_2(name, tmp_path, capsys):
+    assert importlib.import_module(name).main(words_of(name, tmp_path)) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"aligned_mllm: .+ Expected: .+ What to do: .+\.\n", said.err) and not said.out
+    assert re.search(r'if __name__ == "__main__":\n    sys\.exit\(main\(\)\)', MODULES[name])
+
+
+@pytest.mark.parametrize("name", ["aligned_mllm.launch", "aligned_mllm.models.parts"])
+def test_the_shell_sees_it(name, tmp_path):
+    done = subprocess.run([sys.executable, "-m", name, *words_of(name, tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("aligned_mllm: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_installed_commands_are_among_them():
+    scripts = re.findall(r'"[\w-]+=(aligned_mllm[\w.]*):main"', (ROOT / "setup.py").read_text())
+    assert scripts and set(scripts) <= set(COMMANDS)
+
+
+def test_only_bad_input_is_answered(monkeypatch, capsys):
+    def entry(error):
+        raise error
+
+    for error in (ValueError("ours"), KeyboardInterrupt(), SystemExit(4)):
+        with pytest.raises(type(error)):
+            command(entry)(error)
+    monkeypatch.setenv("RANK", "1")
+    assert command(entry)(InputError("this", "that", "act")) == 2 and capsys.readouterr().err == ""
