@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,8 @@ def small_data(tmp_path_factory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("scenes") / "data", 0, Sizes(train=120, captions=96, validation=20, test=20))
 
 
-def pytest_report_header() -> list[str]:
-    "Says aloud which processors are real: without torchvision transformers has no video processors, without num2words no SmolVLM processor."
-    from importlib.util import find_spec
-
+def pytest_terminal_summary(terminalreporter) -> None:
+    "Says aloud, also under -q, which processors were not real: without torchvision transformers has no video processors, without num2words no SmolVLM processor."
     missing = [name for name in ("torchvision", "num2words") if find_spec(name) is None]
-    if not missing:
-        return ["video processors: transformers' own"]
-    return [f"video processors: STAND-INS, for want of {' and '.join(missing)}; processors that have one are tested for pictures only"]
+    if missing:
+        terminalreporter.write_line(f"{' and '.join(missing)} not installed: processors with a video part were tested with a STAND-IN for it, pictures only", yellow=True)

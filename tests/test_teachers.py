@@ -13,58 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from teacher_checks import DEVIATION, MEAN, PATCH, VISION, checked, tiny
 
 from aligned_mllm.core import InputError, checksum, seed_everything
 from aligned_mllm.teachers.cache import FeatureCache
 from aligned_mllm.teachers.families import FAMILIES
 from aligned_mllm.teachers.targets import OwnProjection, Targets, position_mean, whole_pictures
 from aligned_mllm.teachers.vision import Teacher, encoder_teacher, load_teacher, on_grid, picture_of_view, random_teacher, shows_picture
-
-MEAN, DEVIATION = (0.3, 0.45, 0.6), (0.2, 0.25, 0.3)
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = {**SMALL, "intermediate_size": 48}
-TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
-IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-SAM = {**SMALL, "image_size": 128, "patch_size": 16, "output_channels": 8, "window_size": 2, "global_attn_indexes": [1], "initializer_range": 0.02,
-       "num_pos_feats": 8}  # fmt: skip
-PATCH = {"dinov2": 14, "dinov2_with_registers": 14, "dinov3_vit": 16, "clip": 14, "clip_vision_model": 14, "siglip": 16, "siglip_vision_model": 16,
-         "siglip2": 16, "siglip2_vision_model": 16, "sam": 16, "sam_vision_model": 16, "depth_anything": 14, "radio": 16}  # fmt: skip
-
-
-def tiny(name: str):
-    "A tiny random model of a family, and its image processor."
-    import transformers as t
-
-    size, patch = {"image_size": 5 * PATCH[name]}, {"patch_size": PATCH[name]}
-    inner = {"backbone_config": t.Dinov2Config(**{**SMALL, "num_hidden_layers": 4}, **size, **patch, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)}
-    reassemble = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
-    prompt = {"hidden_size": 8, "image_size": 128, "patch_size": 16, "mask_input_channels": 4}
-    decoder = {"hidden_size": 8, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 8}
-    packed = {**VISION, **patch, "num_patches": 16}
-    make = {
-        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**SMALL, **size, **patch)),
-        "dinov2_with_registers": lambda: t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**SMALL, **size, **patch, num_register_tokens=4)),
-        "dinov3_vit": lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(**VISION, **size, **patch, num_register_tokens=4)),
-        "clip": lambda: t.CLIPModel(t.CLIPConfig(vision_config={**VISION, **size, **patch}, text_config={**TEXT, **IDS}, projection_dim=8)),
-        "clip_vision_model": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**VISION, **size, **patch)),
-        "siglip": lambda: t.SiglipModel(t.SiglipConfig(vision_config={**VISION, **size, **patch}, text_config={**TEXT, **IDS})),
-        "siglip_vision_model": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**VISION, **size, **patch)),
-        "siglip2": lambda: t.Siglip2Model(t.Siglip2Config(vision_config=packed, text_config={**TEXT, **IDS})),
-        "siglip2_vision_model": lambda: t.Siglip2VisionModel(t.Siglip2VisionConfig(**packed)),
-        "sam": lambda: t.SamModel(t.SamConfig(vision_config=SAM, prompt_encoder_config=prompt, mask_decoder_config=decoder)),
-        "sam_vision_model": lambda: t.SamVisionModel(t.SamVisionConfig(**SAM)),
-        "depth_anything": lambda: t.DepthAnythingForDepthEstimation(t.DepthAnythingConfig(**inner, **reassemble)),
-        "radio": lambda: t.RadioModel(t.RadioConfig(**SMALL, **size, **patch, max_img_size=256, norm_mean=MEAN, norm_std=DEVIATION)),
-    }
-    look = {"image_mean": list(MEAN), "image_std": list(DEVIATION)}
-    view = {
-        "dino": lambda: t.BitImageProcessorPil(**look), "clip": lambda: t.CLIPImageProcessorPil(**look),
-        "sigl": lambda: (t.Siglip2ImageProcessorPil if name.startswith("siglip2") else t.SiglipImageProcessorPil)(**look),
-        "sam": lambda: t.SamImageProcessorPil(**look), "sam_": lambda: t.SamImageProcessorPil(**look),
-        "dept": lambda: t.DPTImageProcessorPil(**look, ensure_multiple_of=14), "radi": lambda: t.CLIPImageProcessorPil(do_normalize=False),
-    }  # fmt: skip
-    return make[name](), view[name[:4]]()
-
 
 @pytest.fixture(scope="module")
 def originals() -> dict:
@@ -97,6 +52,14 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@each_family
+def test_the_row_of_the_page_of_teachers(name):
+    row = checked(name, large=(66, 2), canvas=512)
+    assert row["patch"] == PATCH[name] and row["24 x 24 tokens"] == ("336 x 336, coincide" if PATCH[name] == 14 else "384 x 384, coincide")
+    assert row["66 x 2 tokens"].endswith("interpolated from 32 x 1" if name.startswith("sam") else "coincide")
+    assert row["padded, count"] == "384 of 576" and row["width"] == (8 if name.startswith("sam") else 32)
 
 
 @each_family

@@ -83,7 +83,7 @@ def vision_sizes(**more) -> dict:
 
 
 def video_part(kind: str):
-    "The family's own video processor; without torchvision, which it needs, a stand-in that pictures never touch. pytest's first lines say which of the two."
+    "The family's own video processor; without torchvision, which it needs, a stand-in that pictures never touch. pytest's last lines say so."
     import transformers
     from transformers.utils import is_torchvision_available
     from transformers.video_processing_utils import BaseVideoProcessor
