@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'UNITS', 'CURVES', 'MAY_DIFFER', 'RunConfig', 'AlignConfig', 'fits', 'parsed_setting', 'accumulation_of',
            'configured', 'AlignedModel', 'block_classes', 'blank_picture', 'unit_counts', 'with_targets', 'TermTrainer',
-           'AlignTrainer', 'answer_accuracy', 'save_alignment', 'save_aligned', 'below', 'as_sharded', 'load_aligned',
-           'RunFolder', 'last_checkpoint', 'words_of', 'dressed', 'student_of', 'compile_layers', 'teacher_of',
-           'targets_for', 'objective_of', 'mean_of_training_images', 'trainer_of', 'start_of', 'claim_folder', 'run',
-           'carry_out', 'save_left_out', 'finish', 'student_shape', 'shape_of_teacher', 'settings_told', 'sample_told',
-           'steps_told', 'forecast_of', 'rehearse', 'main']
+           'LengthOrder', 'AlignTrainer', 'answer_accuracy', 'save_alignment', 'save_aligned', 'below', 'as_sharded',
+           'load_aligned', 'RunFolder', 'last_checkpoint', 'words_of', 'dressed', 'student_of', 'keep_trained',
+           'compile_layers', 'require_compiler', 'teacher_of', 'targets_for', 'objective_of', 'mean_of_training_images',
+           'trainer_of', 'start_of', 'claim_folder', 'run', 'carry_out', 'save_left_out', 'finish', 'student_shape',
+           'shape_of_teacher', 'settings_told', 'sample_told', 'steps_told', 'forecast_of', 'rehearse', 'main']
 
-# %% ../nbs/lib/51_train.ipynb #a94b225b
+# %% ../nbs/lib/51_train.ipynb #b73b5b16
 import argparse
 import csv
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aligned_mllm.core import (
     InputError, checksum, data_folder, environment, load_json, peak_memory, require_space, save_json, seed_everything, sole_owner, whole_file,
@@ -61,7 +63,7 @@ from .teachers.vision import EMBEDDED, Teacher, encoder_teacher, load_teacher, r
 # %% ../nbs/lib/51_train.ipynb #e6ad0c41
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what student and teacher are kept in; projector and losses of the alignment stay float32
 
-# %% ../nbs/lib/51_train.ipynb #f95abd4f
+# %% ../nbs/lib/51_train.ipynb #49a335b2
 @dataclass
 class RunConfig(TrainingArguments):
     "The settings of a run that concern data and model, beside transformers' TrainingArguments."
@@ -88,6 +90,8 @@ class RunConfig(TrainingArguments):
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout in LoRA"})
     lora_dora: bool = field(default=False, metadata={"help": "DoRA: LoRA that trains the lengths of weight columns apart from their directions"})
     weights: str = field(default="float32", metadata={"help": f"type of the student's and the teacher's weights: one of {list(WEIGHTS)}"})
+    trained_weights: str = field(default="", metadata={"help": "type of what trains, where not that of `weights`: float32 beside bfloat16, with bf16=true"})
+    supervised_logits: bool = field(default=True, metadata={"help": "logits at positions whose next token is learnt, and nowhere else"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile of every block of the language model"})
     position_code: float = field(default=0.0, metadata={"help": "size of a 2-D position code added to the visual features; 0 for none"})
     residual: str = field(default="", metadata={"help": f"adds visual features again after a block: one of {list(RESIDUALS)}; none by default"})
@@ -95,7 +99,7 @@ class RunConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False: the objectives need their columns"})
     report_to: str = field(default="none", metadata={"help": "trackers, as in transformers"})
 
-# %% ../nbs/lib/51_train.ipynb #df6850ed
+# %% ../nbs/lib/51_train.ipynb #0a9040ad
 @dataclass
 class AlignConfig(RunConfig):
     "All settings of one run. Raises InputError for values that do not go together."
@@ -116,13 +120,18 @@ class AlignConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         choices = {"stage": STAGES, "align_target": TARGETS, "align_kind": KINDS, "align_schedule": SCHEDULES, "align_projectors": PROJECTORS,
-                   "align_projector": ("trainable", "frozen"), "weights": WEIGHTS, "teacher_pixels": ("own", "student"),
+                   "align_projector": ("trainable", "frozen"), "weights": WEIGHTS, "trained_weights": ("", *WEIGHTS), "teacher_pixels": ("own", "student"),
                    "residual": ("", *RESIDUALS), "chat": CHATS}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r}", f"one of {list(known)}", "correct the setting")
         if self.align_weight and not self.teacher:
             raise InputError("align_weight without a teacher", "the name of a teacher", "set teacher=dense, or align_weight=0")
+        if (self.trained_weights or self.weights) != self.weights and not self.bf16:
+            raise InputError(f"trained_weights {self.trained_weights} beside weights {self.weights}", "products in one type: autocast",
+                             "set bf16=true, or trained_weights as weights")  # fmt: skip
+        if self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            self.ddp_find_unused_parameters = False  # DDP cannot look for unused weights and compute blocks again by reentrance; TermTrainer lets none be unused
         if self.lora_dora and not self.lora_rank:
             raise InputError("lora_dora without LoRA", "a rank", "set lora_rank as well")
 
@@ -201,7 +210,7 @@ def configured(
     except (TypeError, ValueError) as error:
         raise InputError(f"settings of recipe {name!r}: {str(error).splitlines()[0]}", "values that transformers accepts", "correct the setting") from error
 
-# %% ../nbs/lib/51_train.ipynb #6a9671db
+# %% ../nbs/lib/51_train.ipynb #6e59848a
 class AlignedModel(nn.Module):
     "A student and an objective: takes a batch with `targets` (V, D), returns the terms and the supervised logits."
 
@@ -211,16 +220,23 @@ class AlignedModel(nn.Module):
         self,
         student: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
         objective: Viral | None = None,  # None: text loss only
+        supervised_logits: bool = True,  # False: logits everywhere, then chosen; so, too, for a class that takes no `logits_to_keep`
+        use_cache: bool = False,  # True fills a cache that nothing reads
     ):
         super().__init__()
-        self.student, self.objective, self.lone_text = student, objective, False
+        inner = student.get_base_model() if hasattr(student, "get_base_model") else student
+        self.student, self.objective, self.lone_text, self.use_cache = student, objective, False, use_cache
+        self.supervised_logits = supervised_logits and "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def forward(self, batch: dict) -> dict:
         "The terms of a batch, and the logits at supervised positions."
         labels, aligned = batch["labels"], self.objective is not None and "targets" in batch
         blank = blank_picture(self.student) if self.lone_text and "pixel_values" not in batch else 0
+        positions = text_positions(labels)
+        chosen = {"logits_to_keep": positions} if self.supervised_logits else {}
         with Taps(self.student, self.objective.layers) if aligned else nullcontext() as taps:
-            logits = self.student(**model_inputs(batch), logits_to_keep=text_positions(labels), use_cache=False).logits.flatten(0, -2)
+            logits = self.student(**model_inputs(batch), **chosen, use_cache=self.use_cache).logits
+        logits = logits.flatten(0, -2) if chosen else logits[positions]
         terms = [text_term(logits, labels)]
         terms[0].total = terms[0].total + blank
         if aligned:
@@ -235,7 +251,7 @@ class AlignedModel(nn.Module):
         self.student.enable_input_require_grads()
 
     def expect_sharing(self):
-        "Make the backward pass of a batch without pictures alike to one with: for weights that processes share out."
+        "Make the backward pass of a batch without pictures alike to one with: where processes share out weights, or count on all being used."
         self.lone_text = True
         self.student.enable_input_require_grads()
 
@@ -251,15 +267,15 @@ def block_classes(
     inner = student.get_base_model() if hasattr(student, "get_base_model") else student
     return sorted(set(inner._no_split_modules or ()) & {type(module).__name__ for module in inner.modules()})
 
-# %% ../nbs/lib/51_train.ipynb #5716592f
+# %% ../nbs/lib/51_train.ipynb #ce06ec9b
 def blank_picture(
     student: nn.Module,  # of LLaVA's kind
 ) -> torch.Tensor:
     "0, computed from the visual tokens of a blank picture; raises InputError for a model whose pictures have no fixed size."
     vision = student.config.vision_config
     if not isinstance(side := getattr(vision, "image_size", None), int):
-        raise InputError(f"a batch without pictures, {type(student).__name__}, and shared-out weights", "a model whose pictures have one size",
-                         "use plain data parallelism, or records with pictures")  # fmt: skip
+        raise InputError(f"a batch without pictures, {type(student).__name__}, and shared-out weights or reentrant checkpointing",
+                         "a model whose pictures have one size", "use plain data parallelism without reentrance, or records with pictures")  # fmt: skip
     found = student.get_image_features(pixel_values=torch.zeros(1, 3, side, side, dtype=student.dtype, device=student.device)).pooler_output
     return 0 * sum(part.float().sum() for part in found)
 
@@ -276,19 +292,18 @@ def unit_counts(
     visual = sum(int(keep.sum()) for batch in batches for keep in kept_patches(kind, views_of(batch)))
     return torch.tensor([texts, visual], dtype=torch.float64)
 
-# %% ../nbs/lib/51_train.ipynb #9f387e35
+# %% ../nbs/lib/51_train.ipynb #70f36e72
 def with_targets(
     batch: dict,  # as collated
     targets: Targets | OwnProjection | None,  # None: no alignment
 ) -> dict:
-    "The batch and, for its V visual tokens, `targets` (V, D) and `keep` (V,): which of them count."
+    "The batch and, for its V visual tokens, `targets` (V, D) and `keep` (V,): which of them count, on the CPU, where counting them waits for no GPU."
     if targets is None or not len(batch["image_names"]):
         return batch
     features, keep = targets(batch)
-    device = batch["input_ids"].device
-    return {**batch, "targets": features.to(device), "keep": keep.to(device)}
+    return {**batch, "targets": features.to(batch["input_ids"].device), "keep": keep}
 
-# %% ../nbs/lib/51_train.ipynb #5f791229
+# %% ../nbs/lib/51_train.ipynb #20561444
 class TermTrainer(Trainer):
     "transformers' Trainer for an AlignedModel: exact normalisation over accumulation and processes, every term logged."
 
@@ -297,6 +312,8 @@ class TermTrainer(Trainer):
     def __init__(self, *arguments, targets: Targets | OwnProjection | None = None, **keywords):
         super().__init__(*arguments, **keywords)
         self.targets, self.sums, self.logged_step = targets, {}, 0
+        if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is False:
+            self.model.expect_sharing()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.model.expect_sharing()
             if isinstance(targets, OwnProjection):
@@ -312,7 +329,9 @@ class TermTrainer(Trainer):
         "The loss of a micro-batch (scalar): weight * total / count of each term, counts over the whole step."
         if self.model.objective is not None:
             self.model.objective.progress = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
-        output = model(with_targets(inputs, self.targets))
+        with self.accelerator.autocast() if isinstance(self.targets, OwnProjection) else nullcontext():  # the student as in training
+            batch = with_targets(inputs, self.targets)
+        output = model(batch)
         counts = dict(zip(UNITS, (unit_counts([inputs], self.kind) if num_items_in_batch is None else num_items_in_batch).tolist()))
         for term in output["terms"]:
             self.sums[term.name] = self.sums.get(term.name, 0) + (term.total.detach() / max(counts[term.unit], 1)).double()
@@ -327,7 +346,27 @@ class TermTrainer(Trainer):
             self.sums, self.logged_step = {}, self.state.global_step
         super().log(logs, start_time)
 
-# %% ../nbs/lib/51_train.ipynb #7256c343
+# %% ../nbs/lib/51_train.ipynb #d0ee2a20
+class LengthOrder(LengthGroupedSampler):
+    "transformers' order by length, drawn from seed and epoch: groups of 50 steps, each from long to short; the longest sample of all comes first."
+
+    def __init__(
+        self,
+        lengths: list[int],  # tokens of each sample, about
+        batch_size: int,  # samples of a step, over all processes
+        seed: int,
+    ):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+# %% ../nbs/lib/51_train.ipynb #86dc249e
 class AlignTrainer(TermTrainer):
     "What evaluation means, what a checkpoint holds, and a learning rate of the projector's own."
 
@@ -342,6 +381,11 @@ class AlignTrainer(TermTrainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
                 optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        samples, batch = train_dataset or self.train_dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return LengthOrder(samples.lengths(), batch, self.args.seed) if grouped else super()._get_train_sampler(train_dataset)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         "Shares of right answers, logged."
@@ -432,7 +476,7 @@ def as_sharded(
     own = {**short, **{name.removesuffix(".weight"): value for name, value in short.items() if "lora_magnitude_vector" in name}}
     return {name: distribute_tensor(value, own[name].device_mesh, own[name].placements) if name in own else value for name, value in state.items()}
 
-# %% ../nbs/lib/51_train.ipynb #fffe2adc
+# %% ../nbs/lib/51_train.ipynb #e054e45e
 def load_aligned(
     model: AlignedModel,  # whose weights are replaced
     folder: Path,  # as written by `save_aligned`
@@ -445,7 +489,8 @@ def load_aligned(
     if isinstance(student, PeftModel):
         set_peft_model_state_dict(student, as_sharded(load_peft_weights(str(folder)), student))
     else:
-        saved, _ = load_model(folder, student.dtype)
+        types = {value.dtype for value in student.parameters()}
+        saved, _ = load_model(folder, torch.float32 if torch.float32 in types else student.dtype)
         student.load_state_dict(as_sharded(saved.state_dict(), student))
     if model.objective is not None:
         model.objective.load_state_dict(as_sharded(load_file(folder / "alignment.safetensors"), model.objective))
@@ -498,7 +543,7 @@ def words_of(
     turns = (turn for path in files for record in Records(path, check_images=False) for turn in record.turns)
     return {word for turn in turns for word in f"{turn.question} {turn.answer}".split()} - {"<image>"}
 
-# %% ../nbs/lib/51_train.ipynb #1e693d18
+# %% ../nbs/lib/51_train.ipynb #41f448f9
 def dressed(
     config: AlignConfig,  # settings
     model: nn.Module,  # an image-text-to-text model as loaded
@@ -513,14 +558,16 @@ def dressed(
         raise InputError(f"residual {residual} for a model saved with {model.config.aligned_residual}", "the same", "correct the setting")
     if residual and getattr(model.config, "aligned_residual", None) is None:
         add_residual(model, config.residual_layer, config.residual)
-    train_only(model, STAGES[config.stage])
+    train_only(model.to(WEIGHTS[config.weights]), STAGES[config.stage])
     if config.lora_rank:
         model = add_lora(model, config.lora_rank, config.lora_alpha or None, config.lora_dropout, config.lora_dora)
+    if config.trained_weights not in ("", config.weights):
+        keep_trained(model, WEIGHTS[config.trained_weights])
     if config.compile_layers:
         compile_layers(model)
     return model
 
-# %% ../nbs/lib/51_train.ipynb #cbafcd52
+# %% ../nbs/lib/51_train.ipynb #99410bda
 def student_of(
     config: AlignConfig,  # settings
 ):
@@ -528,12 +575,24 @@ def student_of(
     if config.model == "embedded":
         words = words_of([Path(config.data) / name for name in config.words_from])
         model, processor = embedded_model(Path(config.parts) if config.parts else data_folder() / "parts", config.seed, words)
-        model.to(WEIGHTS[config.weights])
     elif config.model == "composed":
         model, processor = composed_model(config.vision_tower, config.language_model, config.chat, config.pad_to_square, config.seed, WEIGHTS[config.weights])
     else:
         model, processor = load_model(config.model, WEIGHTS[config.weights])
     return dressed(config, model), processor
+
+# %% ../nbs/lib/51_train.ipynb #e7f0c200
+def keep_trained(
+    model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT, with its frozen parts frozen
+    dtype: torch.dtype,  # of what trains, from now on
+) -> None:
+    "Weights that train in a type of their own, in place."
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 # %% ../nbs/lib/51_train.ipynb #60290214
 def compile_layers(
@@ -542,6 +601,12 @@ def compile_layers(
     "torch.compile the forward of every block of the language model, in place; hooks stay outside, weights and names as they were."
     for block in decoder_layers(model):
         block.forward = torch.compile(block.forward)
+
+# %% ../nbs/lib/51_train.ipynb #bfe78169
+def require_compiler() -> None:
+    "Raises InputError where torch.compile would find no compiler (C++ on a CPU; Triton, on a GPU, needs one of C)."
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", os.environ.get("CC") or "gcc", "c++", "clang++", "clang")):
+        raise InputError("compile_layers without a compiler", "g++ or clang", "install one, or set compile_layers=false")
 
 # %% ../nbs/lib/51_train.ipynb #794fb1fc
 def teacher_of(
@@ -601,12 +666,14 @@ def mean_of_training_images(
     parts = [teacher.features(teacher.pixels([open_image(name, records.image_folder) for name in names[start : start + 64]])) for start in range(0, len(names), 64)]
     return position_mean(torch.cat(parts))
 
-# %% ../nbs/lib/51_train.ipynb #a9e2d297
+# %% ../nbs/lib/51_train.ipynb #93def9fe
 def trainer_of(
     config: AlignConfig,  # settings
 ) -> AlignTrainer:
     "Everything a run needs, checked: records, images, layers, teacher, disk. Raises InputError before the first step."
     seed_everything(config.seed)
+    if config.compile_layers:
+        require_compiler()
     folder, output, objective = Path(config.data), Path(config.output_dir), None
     records = Records(folder / config.records, folder, broken=config.broken_records)
     model, processor = student_of(config)
@@ -623,7 +690,8 @@ def trainer_of(
     if config.evaluation_records:
         evaluation = Samples(Records(folder / config.evaluation_records, folder), processor, **common)
     trainer = AlignTrainer(
-        AlignedModel(model, objective), config, data_collator=Collator(processor.tokenizer.pad_token_id), eval_dataset=evaluation,
+        AlignedModel(model, objective, config.supervised_logits, config.use_cache), config,
+        data_collator=Collator(processor.tokenizer.pad_token_id), eval_dataset=evaluation,
         train_dataset=Samples(records, processor, teacher_pixels=view, first_records=config.first_records, **common),
         processing_class=processor, callbacks=[RunFolder()], targets=targets,
     )  # fmt: skip
