@@ -56,13 +56,13 @@ def tiny_layers(
         raise InputError(f"layers {layers} in a model of {small} blocks", f"at most {small + 1} neighbouring layers", "rehearse with --set align_layers=[...]")
     return found
 
-# %% ../nbs/lib/48_rehearsal.ipynb #3c2e12fb
+# %% ../nbs/lib/48_rehearsal.ipynb #30c2e9b1
 def tiny_settings(
     settings: dict,  # of a recipe of published parts
     data: str | Path,  # from `tiny_data`; its words teach the tokenizer
     parts: str | Path,  # a folder for the tiny parts
 ) -> dict:
-    "The differences that make a recipe tiny, after its parts were written; raises InputError for a recipe of other parts."
+    "The differences that make a recipe tiny, after its parts were written; blocks are not compiled, which would take minutes. Raises InputError."
     if settings.get("model") != "composed":
         raise InputError("--tiny for a recipe that is not composed of published parts", "one of the papers' recipes (viral_...)",
                          "the small recipes are small already: shorten them by --set max_steps=8")  # fmt: skip
@@ -77,5 +77,5 @@ def tiny_settings(
         made["residual_layer"] = tiny_layers([settings["residual_layer"]], depth, small)[0]
     if settings.get("lora_rank"):
         made |= {"lora_rank": 8, "lora_alpha": 8 * settings["lora_alpha"] // settings["lora_rank"]}
-    return {**made, "per_device_train_batch_size": 2, "global_batch_size": 4, "max_steps": 4, "logging_steps": 1, "save_steps": 2, "disable_tqdm": True,
-            "seed": settings.get("seed", 42)}  # fmt: skip
+    return {**made, "compile_layers": False, "per_device_train_batch_size": 2, "global_batch_size": 4, "max_steps": 4, "logging_steps": 1, "save_steps": 2,
+            "disable_tqdm": True, "seed": settings.get("seed", 42)}  # fmt: skip

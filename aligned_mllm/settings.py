@@ -28,7 +28,7 @@ from .teachers.targets import TARGETS
 # %% ../nbs/lib/51_settings.ipynb #e6ad0c41
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what student and teacher are kept in; projector and losses of the alignment stay float32
 
-# %% ../nbs/lib/51_settings.ipynb #f95abd4f
+# %% ../nbs/lib/51_settings.ipynb #49a335b2
 @dataclass
 class RunConfig(TrainingArguments):
     "The settings of a run that concern data and model, beside transformers' TrainingArguments."
@@ -55,6 +55,8 @@ class RunConfig(TrainingArguments):
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout in LoRA"})
     lora_dora: bool = field(default=False, metadata={"help": "DoRA: LoRA that trains the lengths of weight columns apart from their directions"})
     weights: str = field(default="float32", metadata={"help": f"type of the student's and the teacher's weights: one of {list(WEIGHTS)}"})
+    trained_weights: str = field(default="", metadata={"help": "type of what trains, where not that of `weights`: float32 beside bfloat16, with bf16=true"})
+    supervised_logits: bool = field(default=True, metadata={"help": "logits at positions whose next token is learnt, and nowhere else"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile of every block of the language model"})
     position_code: float = field(default=0.0, metadata={"help": "size of a 2-D position code added to the visual features; 0 for none"})
     residual: str = field(default="", metadata={"help": f"adds visual features again after a block: one of {list(RESIDUALS)}; none by default"})
@@ -62,7 +64,7 @@ class RunConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False: the objectives need their columns"})
     report_to: str = field(default="none", metadata={"help": "trackers, as in transformers"})
 
-# %% ../nbs/lib/51_settings.ipynb #df6850ed
+# %% ../nbs/lib/51_settings.ipynb #0a9040ad
 @dataclass
 class AlignConfig(RunConfig):
     "All settings of one run. Raises InputError for values that do not go together."
@@ -83,13 +85,18 @@ class AlignConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         choices = {"stage": STAGES, "align_target": TARGETS, "align_kind": KINDS, "align_schedule": SCHEDULES, "align_projectors": PROJECTORS,
-                   "align_projector": ("trainable", "frozen"), "weights": WEIGHTS, "teacher_pixels": ("own", "student"),
+                   "align_projector": ("trainable", "frozen"), "weights": WEIGHTS, "trained_weights": ("", *WEIGHTS), "teacher_pixels": ("own", "student"),
                    "residual": ("", *RESIDUALS), "chat": CHATS}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r}", f"one of {list(known)}", "correct the setting")
         if self.align_weight and not self.teacher:
             raise InputError("align_weight without a teacher", "the name of a teacher", "set teacher=dense, or align_weight=0")
+        if (self.trained_weights or self.weights) != self.weights and not self.bf16:
+            raise InputError(f"trained_weights {self.trained_weights} beside weights {self.weights}", "products in one type: autocast",
+                             "set bf16=true, or trained_weights as weights")  # fmt: skip
+        if self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            self.ddp_find_unused_parameters = False  # DDP cannot look for unused weights and compute blocks again by reentrance; TermTrainer lets none be unused
         if self.lora_dora and not self.lora_rank:
             raise InputError("lora_dora without LoRA", "a rank", "set lora_rank as well")
 

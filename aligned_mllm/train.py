@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'CURVES', 'MAY_DIFFER', 'AlignedModel', 'block_classes', 'blank_picture', 'unit_counts', 'with_targets',
-           'TermTrainer', 'AlignTrainer', 'answer_accuracy', 'save_alignment', 'save_aligned', 'below', 'as_sharded',
-           'load_aligned', 'RunFolder', 'last_checkpoint', 'trainer_of', 'start_of', 'claim_folder', 'run', 'carry_out',
-           'save_left_out', 'finish', 'rehearse', 'main']
+           'TermTrainer', 'LengthOrder', 'AlignTrainer', 'answer_accuracy', 'save_alignment', 'save_aligned', 'below',
+           'as_sharded', 'load_aligned', 'RunFolder', 'last_checkpoint', 'trainer_of', 'start_of', 'claim_folder',
+           'run', 'carry_out', 'save_left_out', 'finish', 'rehearse', 'main']
 
-# %% ../nbs/lib/54_train.ipynb #48b51a31
+# %% ../nbs/lib/54_train.ipynb #4d31a97a
 import argparse
 import csv
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -25,8 +26,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .assembly import objective_of, student_of, targets_for, teacher_of
+from .assembly import objective_of, require_compiler, student_of, targets_for, teacher_of
 from aligned_mllm.core import (
     InputError, checksum, command, data_folder, environment, load_json, peak_memory, require_space, save_json, seed_everything, sole_owner, whole_file,
     whole_folder,
@@ -42,7 +44,7 @@ from .preview import forecast_of, rehearsal_of
 from .settings import AlignConfig, configured, parsed_setting
 from .teachers.targets import OwnProjection, Targets, kept_patches, views_of
 
-# %% ../nbs/lib/54_train.ipynb #6a9671db
+# %% ../nbs/lib/54_train.ipynb #6e59848a
 class AlignedModel(nn.Module):
     "A student and an objective: takes a batch with `targets` (V, D), returns the terms and the supervised logits."
 
@@ -52,16 +54,23 @@ class AlignedModel(nn.Module):
         self,
         student: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
         objective: Viral | None = None,  # None: text loss only
+        supervised_logits: bool = True,  # False: logits everywhere, then chosen; so, too, for a class that takes no `logits_to_keep`
+        use_cache: bool = False,  # True fills a cache that nothing reads
     ):
         super().__init__()
-        self.student, self.objective, self.lone_text = student, objective, False
+        inner = student.get_base_model() if hasattr(student, "get_base_model") else student
+        self.student, self.objective, self.lone_text, self.use_cache = student, objective, False, use_cache
+        self.supervised_logits = supervised_logits and "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def forward(self, batch: dict) -> dict:
         "The terms of a batch, and the logits at supervised positions."
         labels, aligned = batch["labels"], self.objective is not None and "targets" in batch
         blank = blank_picture(self.student) if self.lone_text and "pixel_values" not in batch else 0
+        positions = text_positions(labels)
+        chosen = {"logits_to_keep": positions} if self.supervised_logits else {}
         with Taps(self.student, self.objective.layers) if aligned else nullcontext() as taps:
-            logits = self.student(**model_inputs(batch), logits_to_keep=text_positions(labels), use_cache=False).logits.flatten(0, -2)
+            logits = self.student(**model_inputs(batch), **chosen, use_cache=self.use_cache).logits
+        logits = logits.flatten(0, -2) if chosen else logits[positions]
         terms = [text_term(logits, labels)]
         terms[0].total = terms[0].total + blank
         if aligned:
@@ -76,7 +85,7 @@ class AlignedModel(nn.Module):
         self.student.enable_input_require_grads()
 
     def expect_sharing(self):
-        "Make the backward pass of a batch without pictures alike to one with: for weights that processes share out."
+        "Make the backward pass of a batch without pictures alike to one with: where processes share out weights, or count on all being used."
         self.lone_text = True
         self.student.enable_input_require_grads()
 
@@ -92,15 +101,15 @@ def block_classes(
     inner = student.get_base_model() if hasattr(student, "get_base_model") else student
     return sorted(set(inner._no_split_modules or ()) & {type(module).__name__ for module in inner.modules()})
 
-# %% ../nbs/lib/54_train.ipynb #5716592f
+# %% ../nbs/lib/54_train.ipynb #ce06ec9b
 def blank_picture(
     student: nn.Module,  # of LLaVA's kind
 ) -> torch.Tensor:
     "0, computed from the visual tokens of a blank picture; raises InputError for a model whose pictures have no fixed size."
     vision = student.config.vision_config
     if not isinstance(side := getattr(vision, "image_size", None), int):
-        raise InputError(f"a batch without pictures, {type(student).__name__}, and shared-out weights", "a model whose pictures have one size",
-                         "use plain data parallelism, or records with pictures")  # fmt: skip
+        raise InputError(f"a batch without pictures, {type(student).__name__}, and shared-out weights or reentrant checkpointing",
+                         "a model whose pictures have one size", "use plain data parallelism without reentrance, or records with pictures")  # fmt: skip
     found = student.get_image_features(pixel_values=torch.zeros(1, 3, side, side, dtype=student.dtype, device=student.device)).pooler_output
     return 0 * sum(part.float().sum() for part in found)
 
@@ -117,19 +126,18 @@ def unit_counts(
     visual = sum(int(keep.sum()) for batch in batches for keep in kept_patches(kind, views_of(batch)))
     return torch.tensor([texts, visual], dtype=torch.float64)
 
-# %% ../nbs/lib/54_train.ipynb #9f387e35
+# %% ../nbs/lib/54_train.ipynb #70f36e72
 def with_targets(
     batch: dict,  # as collated
     targets: Targets | OwnProjection | None,  # None: no alignment
 ) -> dict:
-    "The batch and, for its V visual tokens, `targets` (V, D) and `keep` (V,): which of them count."
+    "The batch and, for its V visual tokens, `targets` (V, D) and `keep` (V,): which of them count, on the CPU, where counting them waits for no GPU."
     if targets is None or not len(batch["image_names"]):
         return batch
     features, keep = targets(batch)
-    device = batch["input_ids"].device
-    return {**batch, "targets": features.to(device), "keep": keep.to(device)}
+    return {**batch, "targets": features.to(batch["input_ids"].device), "keep": keep}
 
-# %% ../nbs/lib/54_train.ipynb #5f791229
+# %% ../nbs/lib/54_train.ipynb #20561444
 class TermTrainer(Trainer):
     "transformers' Trainer for an AlignedModel: exact normalisation over accumulation and processes, every term logged."
 
@@ -138,6 +146,8 @@ class TermTrainer(Trainer):
     def __init__(self, *arguments, targets: Targets | OwnProjection | None = None, **keywords):
         super().__init__(*arguments, **keywords)
         self.targets, self.sums, self.logged_step = targets, {}, 0
+        if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is False:
+            self.model.expect_sharing()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.model.expect_sharing()
             if isinstance(targets, OwnProjection):
@@ -153,7 +163,9 @@ class TermTrainer(Trainer):
         "The loss of a micro-batch (scalar): weight * total / count of each term, counts over the whole step."
         if self.model.objective is not None:
             self.model.objective.progress = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
-        output = model(with_targets(inputs, self.targets))
+        with self.accelerator.autocast() if isinstance(self.targets, OwnProjection) else nullcontext():  # the student as in training
+            batch = with_targets(inputs, self.targets)
+        output = model(batch)
         counts = dict(zip(UNITS, (unit_counts([inputs], self.kind) if num_items_in_batch is None else num_items_in_batch).tolist()))
         for term in output["terms"]:
             self.sums[term.name] = self.sums.get(term.name, 0) + (term.total.detach() / max(counts[term.unit], 1)).double()
@@ -168,7 +180,27 @@ class TermTrainer(Trainer):
             self.sums, self.logged_step = {}, self.state.global_step
         super().log(logs, start_time)
 
-# %% ../nbs/lib/54_train.ipynb #7256c343
+# %% ../nbs/lib/54_train.ipynb #d0ee2a20
+class LengthOrder(LengthGroupedSampler):
+    "transformers' order by length, drawn from seed and epoch: groups of 50 steps, each from long to short; the longest sample of all comes first."
+
+    def __init__(
+        self,
+        lengths: list[int],  # tokens of each sample, about
+        batch_size: int,  # samples of a step, over all processes
+        seed: int,
+    ):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+# %% ../nbs/lib/54_train.ipynb #86dc249e
 class AlignTrainer(TermTrainer):
     "What evaluation means, what a checkpoint holds, and a learning rate of the projector's own."
 
@@ -183,6 +215,11 @@ class AlignTrainer(TermTrainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
                 optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        samples, batch = train_dataset or self.train_dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return LengthOrder(samples.lengths(), batch, self.args.seed) if grouped else super()._get_train_sampler(train_dataset)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         "Shares of right answers, logged."
@@ -273,7 +310,7 @@ def as_sharded(
     own = {**short, **{name.removesuffix(".weight"): value for name, value in short.items() if "lora_magnitude_vector" in name}}
     return {name: distribute_tensor(value, own[name].device_mesh, own[name].placements) if name in own else value for name, value in state.items()}
 
-# %% ../nbs/lib/54_train.ipynb #fffe2adc
+# %% ../nbs/lib/54_train.ipynb #e054e45e
 def load_aligned(
     model: AlignedModel,  # whose weights are replaced
     folder: Path,  # as written by `save_aligned`
@@ -286,7 +323,8 @@ def load_aligned(
     if isinstance(student, PeftModel):
         set_peft_model_state_dict(student, as_sharded(load_peft_weights(str(folder)), student))
     else:
-        saved, _ = load_model(folder, student.dtype)
+        types = {value.dtype for value in student.parameters()}
+        saved, _ = load_model(folder, torch.float32 if torch.float32 in types else student.dtype)
         student.load_state_dict(as_sharded(saved.state_dict(), student))
     if model.objective is not None:
         model.objective.load_state_dict(as_sharded(load_file(folder / "alignment.safetensors"), model.objective))
@@ -331,12 +369,14 @@ def last_checkpoint(
     whole = [path.parent for path in run.glob("checkpoint-*/whole.json")]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
-# %% ../nbs/lib/54_train.ipynb #a9e2d297
+# %% ../nbs/lib/54_train.ipynb #93def9fe
 def trainer_of(
     config: AlignConfig,  # settings
 ) -> AlignTrainer:
     "Everything a run needs, checked: records, images, layers, teacher, disk. Raises InputError before the first step."
     seed_everything(config.seed)
+    if config.compile_layers:
+        require_compiler()
     folder, output, objective = Path(config.data), Path(config.output_dir), None
     records = Records(folder / config.records, folder, broken=config.broken_records)
     model, processor = student_of(config)
@@ -353,7 +393,8 @@ def trainer_of(
     if config.evaluation_records:
         evaluation = Samples(Records(folder / config.evaluation_records, folder), processor, **common)
     trainer = AlignTrainer(
-        AlignedModel(model, objective), config, data_collator=Collator(processor.tokenizer.pad_token_id), eval_dataset=evaluation,
+        AlignedModel(model, objective, config.supervised_logits, config.use_cache), config,
+        data_collator=Collator(processor.tokenizer.pad_token_id), eval_dataset=evaluation,
         train_dataset=Samples(records, processor, teacher_pixels=view, first_records=config.first_records, **common),
         processing_class=processor, callbacks=[RunFolder()], targets=targets,
     )  # fmt: skip

@@ -127,6 +127,18 @@ def test_two_processes_with_a_text_only_process_are_one(mixed_data, tmp_path):
     assert apart(*weights) < 5e-3
 
 
+def test_two_processes_compute_blocks_again_by_reentrance(mixed_data, tmp_path):
+    "DDP and reentrant checkpointing, one process without a picture in most steps: the one process that keeps its activations."
+    words = ["max_steps=3", "logging_steps=1", "evaluation_records=", "records=mixed.jsonl", "per_device_train_batch_size=1", "disable_tqdm=true", "save_steps=3",
+             "lora_dropout=0", "gradient_checkpointing=true", 'gradient_checkpointing_kwargs={"use_reentrant": true}']  # fmt: skip
+    done = train("scenes_lora_viral", mixed_data, tmp_path / "two", *words, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run("scenes_lora_viral", mixed_data, tmp_path / "one", {**FEW, "records": "mixed.jsonl", "per_device_train_batch_size": 2, "lora_dropout": 0.0})
+    one, two = (pd.read_csv(tmp_path / name / "curves.csv").pivot(index="step", columns="name", values="value") for name in ("one", "two"))
+    for name in ("loss_text", "loss_viral", "grad_norm"):
+        assert (one[name] - two[name]).abs().max() < 1e-3, name
+
+
 def test_left_and_right_padding_agree(mixed_data, tmp_path, plain):
     samples, losses, gradients = plain
     assert len({len(sample["input_ids"]) for sample in samples}) > 1

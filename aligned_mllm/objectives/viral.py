@@ -94,7 +94,7 @@ def check_pairs(
     if keep is not None and (keep.shape != targets.shape[:1] or keep.dtype != torch.bool):
         raise InputError(f"a mask of shape {tuple(keep.shape)} and type {keep.dtype}", f"({len(targets)},) and bool", "pass one entry for each visual token")
 
-# %% ../../nbs/lib/41_objectives.viral.ipynb #510e702e
+# %% ../../nbs/lib/41_objectives.viral.ipynb #15bee971
 class Viral(nn.Module):
     "VIRAL's alignment term over one or several layers: Eq. 4-6 as it stands, Appendix C by `kind`. Raises InputError for unknown settings."
 
@@ -127,14 +127,16 @@ class Viral(nn.Module):
     ) -> Term:
         "The term averaged over layers and summed over the counted visual tokens; raises InputError on a mismatch."
         targets = targets.flatten(0, -2).detach()
-        chosen, total = slice(None) if keep is None else keep, targets.new_zeros(())
         sizes = None if self.kind == "cosine" else view_sizes(len(targets), grids, keep)
         for layer in self.layers:
-            student = projected(self.projector, layer, states[layer])
-            check_pairs(layer, student, targets, keep, same_width=self.kind != "relation")
-            total = total + KINDS[self.kind](student[chosen].float(), targets[chosen].float(), sizes)
-        return Term("viral", total / len(self.layers), len(targets[chosen]), "visual",
-                    scheduled_weight(self.weight, self.schedule, self.progress, self.warmup))  # fmt: skip
+            check_pairs(layer, states[layer], targets, keep, same_width=False)
+        rows = slice(None) if keep is None or keep.all() else keep.to(targets.device).nonzero()[:, 0]
+        wanted, total = targets[rows].float(), 0
+        for layer in self.layers:  # only counted tokens are projected
+            student = projected(self.projector, layer, states[layer][rows])
+            check_pairs(layer, student, wanted, None, same_width=self.kind != "relation")
+            total = total + KINDS[self.kind](student.float(), wanted, sizes)
+        return Term("viral", total / len(self.layers), len(wanted), "visual", scheduled_weight(self.weight, self.schedule, self.progress, self.warmup))
 
 # %% ../../nbs/lib/41_objectives.viral.ipynb #84b59d81
 def no_alignment(

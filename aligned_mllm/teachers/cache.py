@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['content_key', 'signature', 'FeatureCache', 'refuse_other', 'entry_of', 'keep_entry']
 
-# %% ../../nbs/lib/32_teachers.cache.ipynb #c2bdbfd3
+# %% ../../nbs/lib/32_teachers.cache.ipynb #b90c2159
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def signature(
         "scale": look.scale, "fill": list(look.fill), "resample": look.resample.name,
     }  # fmt: skip
 
-# %% ../../nbs/lib/32_teachers.cache.ipynb #a7b5d658
+# %% ../../nbs/lib/32_teachers.cache.ipynb #4bf5e5c4
 class FeatureCache:
     "Teacher features on disk, by content of the picture, box and grid. One folder belongs to one teacher; raises InputError for another."
 
@@ -54,21 +55,26 @@ class FeatureCache:
         if not note.is_file():
             save_json(self.signature, note)
         refuse_other(load_json(note), self.signature, f"the cache {self.folder}", "choose another folder, or delete this one")
+        self.signed = json.dumps(self.signature, sort_keys=True)
         self.size = sum(path.stat().st_size for path in self.folder.glob("??/*.safetensors"))
         self.counts = {"read": 0, "written": 0, "absent": 0, "no room": 0}
         self.contents: dict[tuple, str] = {}  # by path, size and time of change
 
     def key(self, image: str | Path, box: tuple[float, ...], grid: tuple[int, int]) -> dict[str, str]:
         "What identifies an entry: the picture's content, the box and the grid, as texts. An unchanged file is read once in the cache's life."
-        path = Path(image)
-        now = (str(path), path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (str(path),)
-        self.contents[now] = self.contents.get(now) or content_key(path)
-        place = {"box": [round(float(value), 6) + 0.0 for value in box], "grid": [int(side) for side in grid]}
-        return {"image": self.contents[now], **{name: json.dumps(value) for name, value in place.items()}}
+        try:
+            state = os.stat(image)
+            now = (str(image), state.st_size, state.st_mtime_ns)
+        except OSError:
+            now = (str(image),)
+        if now not in self.contents:
+            self.contents[now] = content_key(image)
+        places = json.dumps([round(float(value), 6) + 0.0 for value in box]), json.dumps([int(side) for side in grid])
+        return dict(zip(("image", "box", "grid"), (self.contents[now], *places)))
 
     def place(self, key: dict[str, str]) -> Path:
         "The file of an entry."
-        name = hashlib.sha256(json.dumps([key, self.signature], sort_keys=True).encode()).hexdigest()[:40]
+        name = hashlib.sha256(f"[{json.dumps(key, sort_keys=True)}, {self.signed}]".encode()).hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def get(self, image: str | Path, box: tuple[float, ...], grid: tuple[int, int]) -> Tensor | None:
@@ -79,7 +85,7 @@ class FeatureCache:
         "Keep the features (rows * columns, D) of a view; False when there is no room."
         return keep_entry(self, self.key(image, box, grid), features)
 
-# %% ../../nbs/lib/32_teachers.cache.ipynb #503acc61
+# %% ../../nbs/lib/32_teachers.cache.ipynb #18626352
 def refuse_other(
     found: dict,  # what a file says of itself
     wanted: dict,  # what it must say
@@ -87,12 +93,14 @@ def refuse_other(
     remedy: str,  # told in the error
 ) -> None:
     "Raise InputError when two descriptions differ, naming what differs."
+    if found == wanted:
+        return
     different = {name: (found.get(name), wanted.get(name)) for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)}
     if different:
         said = "; ".join(f"{name} {first!r}" for name, (first, _) in different.items())
         raise InputError(f"{what} has {said}", "; ".join(f"{name} {second!r}" for name, (_, second) in different.items()), remedy)
 
-# %% ../../nbs/lib/32_teachers.cache.ipynb #e0c0b96a
+# %% ../../nbs/lib/32_teachers.cache.ipynb #15a9381d
 def entry_of(
     cache: "FeatureCache",  # where to look
     key: dict[str, str],  # from `FeatureCache.key`
@@ -101,12 +109,12 @@ def entry_of(
     from safetensors import SafetensorError, safe_open
 
     path = cache.place(key)
-    if not path.is_file():
-        cache.counts["absent"] += 1
-        return None
     try:
         with safe_open(path, framework="pt") as handle:
             said, features = handle.metadata() or {}, handle.get_tensor("features")
+    except FileNotFoundError:
+        cache.counts["absent"] += 1
+        return None
     except SafetensorError as error:
         raise InputError(f"cache entry {path} cannot be read ({error})", "a whole safetensors file", "delete this file; it will be made again") from None
     refuse_other(said, {**key, "checksum": cache.signature["checksum"]}, f"cache entry {path}", "delete this file; it was not written by this cache")

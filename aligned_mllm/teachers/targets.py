@@ -6,9 +6,9 @@
 __all__ = ['TARGETS', 'others', 'position_mean', 'views_of', 'whole_pictures', 'Targets', 'features_of_views', 'partners_of',
            'kept_patches', 'targets_of', 'OwnProjection']
 
-# %% ../../nbs/lib/31_teachers.targets.ipynb #49c8e543
+# %% ../../nbs/lib/31_teachers.targets.ipynb #a3a7faf1
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -78,7 +78,7 @@ def whole_pictures(
     return {"image_names": list(names), "teacher_pixels": list(pixels), "grids": torch.tensor([tuple(grid)] * count).view(count, 2),
             "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]] * count).view(count, 4), "view_of": torch.arange(count)}  # fmt: skip
 
-# %% ../../nbs/lib/31_teachers.targets.ipynb #13354419
+# %% ../../nbs/lib/31_teachers.targets.ipynb #1e39d7ae
 class Targets:
     "Target features of a batch of views: `targets(batch)` gives (features (V, D), keep (V,) bool), without gradient."
 
@@ -99,39 +99,44 @@ class Targets:
         if disk is not None and image_folder is None:
             raise InputError("a disk cache without an image folder", "the folder that image names are relative to", "pass image_folder")
         self.teacher, self.kind, self.mean, self.disk, self.folder = teacher, kind, mean, disk, image_folder
-        self.cache, self.room = {}, cache_mib * 2**20
+        self.cache, self.room, self.place = {}, cache_mib * 2**20, lru_cache(65536)(partial(path_inside, image_folder))
         self.mean_grid = mean_grid or (0 if mean is None else round(mean.shape[-2] ** 0.5),) * 2
 
     def features(self, batch: dict) -> list[Tensor]:
-        "The teacher's features of each view, (rows * columns, D) on the student's grid: each different view run once."
+        "The teacher's features of each view, (rows * columns, D) on the student's grid and the teacher's device: each different view run once."
         return features_of_views(self, batch)
 
     def __call__(self, batch: dict) -> tuple[Tensor, Tensor]:
         "(features (V, D), keep (V,) bool) of a batch, in the order of its visual tokens."
         found = targets_of(self, views_of(batch), self.features(batch))
-        none = torch.zeros(0, self.teacher.width), torch.zeros(0, dtype=torch.bool)
-        return tuple(torch.cat(parts) for parts in zip(*found)) if found else none
+        if not found:
+            return torch.zeros(0, self.teacher.width), torch.zeros(0, dtype=torch.bool)
+        values, keep = zip(*found)
+        device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
+        return torch.cat([value.to(device) for value in values]), torch.cat(keep)
 
-# %% ../../nbs/lib/31_teachers.targets.ipynb #0535cfd4
+# %% ../../nbs/lib/31_teachers.targets.ipynb #c38cbcea
 def features_of_views(
     targets: "Targets",  # whose teacher and caches to use
     batch: dict,  # with teacher_pixels: W tensors (3, height, width)
 ) -> list[Tensor]:
-    "The teacher's features of each view on the student's grid, from memory, from disk, or fresh."
+    "The teacher's features of each view on the student's grid: from memory or disk (on the CPU), or fresh, on the teacher's own device."
     views, teacher, disk = views_of(batch), targets.teacher, targets.disk
-    found = {view: targets.cache[view] for view in views if view in targets.cache}
-    path = {view: path_inside(targets.folder, view[0]) for view in views if disk is not None and view not in found}
-    read = {view: disk.get(path[view], *view[1:]) for view in dict.fromkeys(path)}
-    missing = {view: index for index, view in enumerate(views) if view not in found and read.get(view) is None}
-    seen = [batch["teacher_pixels"][index] for index in missing.values()]
-    fresh = {view: on_grid(values.cpu(), teacher.plan(view[2])["teacher_grid"], view[2]) for view, values in zip(missing, teacher.features(seen))}
-    for view, values in fresh.items():
-        if disk is not None:
-            disk.put(path[view], *view[1:], values)
-    for view, values in {**fresh, **{view: values for view, values in read.items() if values is not None}}.items():
-        found[view], size = values, values.numel() * values.element_size()
+    found = {view: targets.cache.get(view) for view in views}
+    new = [view for view, values in found.items() if values is None]
+    if disk is not None:
+        found |= {view: disk.get(targets.place(view[0]), *view[1:]) for view in new}
+    missing = {view: index for index, view in enumerate(views) if found[view] is None}
+    grids = {grid: teacher.plan(grid)["teacher_grid"] for _, _, grid in missing}
+    seen = teacher.features([batch["teacher_pixels"][index] for index in missing.values()])
+    found |= {view: on_grid(values, grids[view[2]], view[2]) for view, values in zip(missing, seen)}
+    if disk is not None:
+        for view in missing:
+            disk.put(targets.place(view[0]), *view[1:], found[view])
+    for view in new:
+        size = found[view].numel() * found[view].element_size()
         if size <= targets.room:
-            targets.cache[view], targets.room = values, targets.room - size
+            targets.cache[view], targets.room = found[view].cpu(), targets.room - size
     return [found[view] for view in views]
 
 # %% ../../nbs/lib/31_teachers.targets.ipynb #0e876f39
@@ -143,14 +148,15 @@ def partners_of(
     names, grids = [name for name, _, _ in views], [grid for _, _, grid in views]
     return others(names, grids) if "other" in kind and views else list(range(len(views)))
 
-# %% ../../nbs/lib/31_teachers.targets.ipynb #5a8f7ddb
+# %% ../../nbs/lib/31_teachers.targets.ipynb #23610c5f
 def kept_patches(
     kind: str,  # a name from TARGETS
     views: list[tuple],  # from `views_of`
 ) -> list[Tensor]:
     "For each view, which of its patches count: (rows * columns,) bool."
-    partners, shown = partners_of(kind, views), cache(shows_picture)  # many views of a batch have the same box and grid
-    return [shown(box, grid) & shown(views[partner][1], grid) for (_, box, grid), partner in zip(views, partners)]
+    partners = partners_of(kind, views)
+    shown = cache(lambda box, other, grid: shows_picture(box, grid) if box == other else shows_picture(box, grid) & shows_picture(other, grid))
+    return [shown(box, views[partner][1], grid) for (_, box, grid), partner in zip(views, partners)]  # many views have the same boxes and grid
 
 # %% ../../nbs/lib/31_teachers.targets.ipynb #cb71c36b
 def targets_of(
