@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'UNITS', 'CURVES', 'MAY_DIFFER', 'RunConfig', 'AlignConfig', 'fits', 'parsed_setting', 'accumulation_of',
-           'configured', 'AlignedModel', 'block_classes', 'blank_picture', 'unit_counts', 'with_targets', 'TermTrainer',
-           'LengthOrder', 'AlignTrainer', 'answer_accuracy', 'save_alignment', 'save_aligned', 'below', 'as_sharded',
-           'load_aligned', 'RunFolder', 'last_checkpoint', 'words_of', 'dressed', 'student_of', 'keep_trained',
-           'compile_layers', 'require_compiler', 'teacher_of', 'targets_for', 'objective_of', 'mean_of_training_images',
-           'trainer_of', 'start_of', 'claim_folder', 'run', 'carry_out', 'save_left_out', 'finish', 'student_shape',
-           'shape_of_teacher', 'settings_told', 'sample_told', 'steps_told', 'forecast_of', 'rehearse', 'main']
+           'configured', 'AlignedModel', 'takes_positions', 'logits_at', 'block_classes', 'blank_picture',
+           'unit_counts', 'with_targets', 'TermTrainer', 'LengthOrder', 'AlignTrainer', 'answer_accuracy',
+           'save_alignment', 'save_aligned', 'below', 'as_sharded', 'load_aligned', 'RunFolder', 'last_checkpoint',
+           'words_of', 'dressed', 'student_of', 'keep_trained', 'compile_layers', 'require_compiler', 'teacher_of',
+           'targets_for', 'objective_of', 'mean_of_training_images', 'trainer_of', 'start_of', 'claim_folder', 'run',
+           'carry_out', 'save_left_out', 'finish', 'student_shape', 'shape_of_teacher', 'settings_told', 'sample_told',
+           'steps_told', 'forecast_of', 'rehearse', 'main']
 
-# %% ../nbs/lib/51_train.ipynb #b73b5b16
+# %% ../nbs/lib/51_train.ipynb #62a19240
 import argparse
 import csv
 import dataclasses
@@ -40,7 +41,7 @@ from aligned_mllm.core import (
     InputError, checksum, data_folder, environment, load_json, peak_memory, require_space, save_json, seed_everything, sole_owner, whole_file,
     whole_folder,
 )  # fmt: skip
-from .data.collate import Collator, Samples, model_inputs
+from .data.collate import Collator, Samples, lengths_of, model_inputs
 from .data.records import Records, open_image
 from .forecast import KNOWN_COUNTS, MEMORY_FORMULA, memory_terms, steps_of, told, words_in
 from aligned_mllm.models.compose import (
@@ -210,7 +211,7 @@ def configured(
     except (TypeError, ValueError) as error:
         raise InputError(f"settings of recipe {name!r}: {str(error).splitlines()[0]}", "values that transformers accepts", "correct the setting") from error
 
-# %% ../nbs/lib/51_train.ipynb #6e59848a
+# %% ../nbs/lib/51_train.ipynb #f41da6a8
 class AlignedModel(nn.Module):
     "A student and an objective: takes a batch with `targets` (V, D), returns the terms and the supervised logits."
 
@@ -220,23 +221,18 @@ class AlignedModel(nn.Module):
         self,
         student: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
         objective: Viral | None = None,  # None: text loss only
-        supervised_logits: bool = True,  # False: logits everywhere, then chosen; so, too, for a class that takes no `logits_to_keep`
-        use_cache: bool = False,  # True fills a cache that nothing reads
+        supervised_logits: bool = True, use_cache: bool = False,  # logits made where they are needed (all, where the class cannot); a cache that nothing reads
     ):
         super().__init__()
-        inner = student.get_base_model() if hasattr(student, "get_base_model") else student
-        self.student, self.objective, self.lone_text, self.use_cache = student, objective, False, use_cache
-        self.supervised_logits = supervised_logits and "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self.student, self.objective, self.lone_text = student, objective, False
+        self.use_cache, self.supervised_logits = use_cache, supervised_logits and takes_positions(student)
 
     def forward(self, batch: dict) -> dict:
         "The terms of a batch, and the logits at supervised positions."
         labels, aligned = batch["labels"], self.objective is not None and "targets" in batch
         blank = blank_picture(self.student) if self.lone_text and "pixel_values" not in batch else 0
-        positions = text_positions(labels)
-        chosen = {"logits_to_keep": positions} if self.supervised_logits else {}
         with Taps(self.student, self.objective.layers) if aligned else nullcontext() as taps:
-            logits = self.student(**model_inputs(batch), **chosen, use_cache=self.use_cache).logits
-        logits = logits.flatten(0, -2) if chosen else logits[positions]
+            logits = logits_at(self, batch, text_positions(labels))
         terms = [text_term(logits, labels)]
         terms[0].total = terms[0].total + blank
         if aligned:
@@ -255,9 +251,26 @@ class AlignedModel(nn.Module):
         self.lone_text = True
         self.student.enable_input_require_grads()
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        return block_classes(self.student)
+    _no_split_modules = property(lambda self: block_classes(self.student))
+
+# %% ../nbs/lib/51_train.ipynb #22c36577
+def takes_positions(
+    student: nn.Module,  # an image-text-to-text model, also wrapped by PEFT
+) -> bool:
+    "Whether its class can make logits at chosen positions alone."
+    inner = student.get_base_model() if hasattr(student, "get_base_model") else student
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+# %% ../nbs/lib/51_train.ipynb #81262465
+def logits_at(
+    model: AlignedModel,  # whose student runs
+    batch: dict,  # as collated
+    positions: torch.Tensor,  # (B, S) bool, T of them true
+) -> torch.Tensor:
+    "Logits (T, vocabulary) at these positions: made there alone, or made everywhere and chosen."
+    chosen = {"logits_to_keep": positions} if model.supervised_logits else {}
+    logits = model.student(**model_inputs(batch), **chosen, use_cache=model.use_cache).logits
+    return logits.flatten(0, -2) if chosen else logits[positions]
 
 # %% ../nbs/lib/51_train.ipynb #ac9cce89
 def block_classes(
@@ -303,7 +316,7 @@ def with_targets(
     features, keep = targets(batch)
     return {**batch, "targets": features.to(batch["input_ids"].device), "keep": keep}
 
-# %% ../nbs/lib/51_train.ipynb #20561444
+# %% ../nbs/lib/51_train.ipynb #8728be0b
 class TermTrainer(Trainer):
     "transformers' Trainer for an AlignedModel: exact normalisation over accumulation and processes, every term logged."
 
@@ -312,12 +325,11 @@ class TermTrainer(Trainer):
     def __init__(self, *arguments, targets: Targets | OwnProjection | None = None, **keywords):
         super().__init__(*arguments, **keywords)
         self.targets, self.sums, self.logged_step = targets, {}, 0
-        if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is False:
+        shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if shared or (self.args.world_size > 1 and self.args.ddp_find_unused_parameters is False):
             self.model.expect_sharing()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self.model.expect_sharing()
-            if isinstance(targets, OwnProjection):
-                raise InputError("teacher=encoder_projected with shared-out weights", "a student that can be run on its own", "use plain data parallelism")
+        if shared and isinstance(targets, OwnProjection):
+            raise InputError("teacher=encoder_projected with shared-out weights", "a student that can be run on its own", "use plain data parallelism")
         self.kind = targets.kind if targets is not None else "image"
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -366,7 +378,7 @@ class LengthOrder(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
 
-# %% ../nbs/lib/51_train.ipynb #86dc249e
+# %% ../nbs/lib/51_train.ipynb #a1014d82
 class AlignTrainer(TermTrainer):
     "What evaluation means, what a checkpoint holds, and a learning rate of the projector's own."
 
@@ -385,7 +397,7 @@ class AlignTrainer(TermTrainer):
     def _get_train_sampler(self, train_dataset=None):
         samples, batch = train_dataset or self.train_dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        return LengthOrder(samples.lengths(), batch, self.args.seed) if grouped else super()._get_train_sampler(train_dataset)
+        return LengthOrder(lengths_of(samples), batch, self.args.seed) if grouped else super()._get_train_sampler(train_dataset)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         "Shares of right answers, logged."
