@@ -18,7 +18,9 @@ from aligned_mllm.objectives.viral import Viral
 from aligned_mllm.papers import FAST, paper_recipe, paper_recipe_names
 from aligned_mllm.teachers.targets import Targets
 from aligned_mllm.teachers.vision import load_teacher
-from aligned_mllm.train import AlignedModel, LengthOrder, configured, keep_trained, load_aligned, save_aligned, trainer_of, with_targets
+from aligned_mllm.assembly import keep_trained
+from aligned_mllm.settings import configured
+from aligned_mllm.train import AlignedModel, LengthOrder, load_aligned, save_aligned, trainer_of, with_targets
 
 FEW = {"max_steps": 2, "logging_steps": 1, "evaluation_records": "", "save_steps": 2, "disable_tqdm": True, "per_device_train_batch_size": 4, "use_cpu": True}
 MIXED = {"weights": "bfloat16", "trained_weights": "float32", "bf16": True}
@@ -153,7 +155,7 @@ def test_lengths_come_from_the_words(mixed_data, tmp_path, monkeypatch):
     samples, opened = trainer.train_dataset, []
     monkeypatch.setattr(collate, "open_image", lambda name, folder, kept=collate.open_image: opened.append(name) or kept(name, folder))
     samples.cache.clear()
-    guessed = torch.tensor(samples.lengths(), dtype=torch.float)
+    guessed = torch.tensor(collate.lengths_of(samples), dtype=torch.float)
     assert len(opened) == 1
     real = torch.tensor([len(samples[index]["input_ids"]) for index in range(len(samples))], dtype=torch.float)
     assert torch.corrcoef(torch.stack([guessed, real]))[0, 1] > 0.9

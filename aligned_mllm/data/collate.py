@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PER_TOKEN', 'IGNORED', 'messages_of', 'answer_spans', 'expanded_place', 'without_closing_blanks', 'processed',
-           'encode', 'Samples', 'truncated', 'stacked', 'Collator', 'model_inputs']
+           'encode', 'Samples', 'lengths_of', 'truncated', 'stacked', 'Collator', 'model_inputs']
 
 # %% ../../nbs/lib/14_data.collate.ipynb #d98d2b35
 import re
@@ -148,7 +148,7 @@ def encode(
 # %% ../../nbs/lib/14_data.collate.ipynb #e165c11c
 IGNORED = -100  # the label of a position that is not learnt; transformers' losses leave it out
 
-# %% ../../nbs/lib/14_data.collate.ipynb #4e5b3b63
+# %% ../../nbs/lib/14_data.collate.ipynb #9ac1462b
 class Samples(Dataset):
     "Encoded records, each encoded when first asked for. Items are dicts as `encode` makes them, with the image names."
 
@@ -190,14 +190,17 @@ class Samples(Dataset):
             self.cache[index], self.room = sample, self.room - size
         return sample
 
-    def lengths(self) -> list[int]:
-        "About how many tokens each sample has, no picture opened but the first: four characters a token, and what the first picture took for each picture."
-        records = [self.records[index] for index in range(self.count)]
-        pictures = [len(record.images) * self.with_images for record in records]
-        first = next((index for index, count in enumerate(pictures) if count), None)
-        each = 0 if first is None else int(self[first]["visual_mask"].sum()) // pictures[first]
-        said = [sum(len(turn.question) + len(turn.answer) for turn in record.turns) // 4 for record in records]
-        return [min(words + count * each, self.max_length or 2**31) for words, count in zip(said, pictures)]
+# %% ../../nbs/lib/14_data.collate.ipynb #14e7c74b
+def lengths_of(
+    samples: Samples,  # not yet encoded
+) -> list[int]:
+    "About how many tokens each sample has, no picture opened but the first: four characters a token, and what the first picture took for each picture."
+    records = [samples.records[index] for index in range(len(samples))]
+    pictures = [len(record.images) * samples.with_images for record in records]
+    first = next((index for index, count in enumerate(pictures) if count), None)
+    each = 0 if first is None else int(samples[first]["visual_mask"].sum()) // pictures[first]
+    said = [sum(len(turn.question) + len(turn.answer) for turn in record.turns) // 4 for record in records]
+    return [min(words + count * each, samples.max_length or 2**31) for words, count in zip(said, pictures)]
 
 # %% ../../nbs/lib/14_data.collate.ipynb #50f16d5c
 def truncated(

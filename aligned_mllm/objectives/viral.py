@@ -94,7 +94,7 @@ def check_pairs(
     if keep is not None and (keep.shape != targets.shape[:1] or keep.dtype != torch.bool):
         raise InputError(f"a mask of shape {tuple(keep.shape)} and type {keep.dtype}", f"({len(targets)},) and bool", "pass one entry for each visual token")
 
-# %% ../../nbs/lib/41_objectives.viral.ipynb #15bee971
+# %% ../../nbs/lib/41_objectives.viral.ipynb #840d5783
 class Viral(nn.Module):
     "VIRAL's alignment term over one or several layers: Eq. 4-6 as it stands, Appendix C by `kind`. Raises InputError for unknown settings."
 
@@ -114,8 +114,8 @@ class Viral(nn.Module):
         super().__init__()
         if kind not in KINDS or schedule not in SCHEDULES or not list(layers):
             raise InputError(f"kind {kind!r}, schedule {schedule!r}, layers {list(layers)}", f"one of {list(KINDS)}, of {SCHEDULES}, and a layer", "correct it")
-        self.projector = nn.Identity() if kind == "relation" else alignment_projectors(width, teacher_width, layers, hidden, projectors)
-        self.projector.requires_grad_(trainable)
+        head = nn.Identity() if kind == "relation" else alignment_projectors(width, teacher_width, layers, hidden, projectors)
+        self.projector = head.requires_grad_(trainable)
         self.layers, self.weight, self.kind, self.schedule, self.warmup, self.progress = list(layers), weight, kind, schedule, warmup, 0.0
 
     def forward(
@@ -127,13 +127,11 @@ class Viral(nn.Module):
     ) -> Term:
         "The term averaged over layers and summed over the counted visual tokens; raises InputError on a mismatch."
         targets = targets.flatten(0, -2).detach()
-        sizes = None if self.kind == "cosine" else view_sizes(len(targets), grids, keep)
-        for layer in self.layers:
-            check_pairs(layer, states[layer], targets, keep, same_width=False)
+        check_pairs(self.layers[0], states[self.layers[0]], targets, keep, same_width=False)
         rows = slice(None) if keep is None or keep.all() else keep.to(targets.device).nonzero()[:, 0]
-        wanted, total = targets[rows].float(), 0
-        for layer in self.layers:  # only counted tokens are projected
-            student = projected(self.projector, layer, states[layer][rows])
+        wanted, total, sizes = targets[rows].float(), 0, view_sizes(len(targets), grids, keep) if self.kind != "cosine" else None
+        for layer in self.layers:
+            student = projected(self.projector, layer, states[layer][rows])  # counted tokens only
             check_pairs(layer, student, wanted, None, same_width=self.kind != "relation")
             total = total + KINDS[self.kind](student.float(), wanted, sizes)
         return Term("viral", total / len(self.layers), len(wanted), "visual", scheduled_weight(self.weight, self.schedule, self.progress, self.warmup))
