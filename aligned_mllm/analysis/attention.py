@@ -129,7 +129,7 @@ def listening_name(
     AttentionMaskInterface.register(f"rows_over_{own}", ALL_MASK_ATTENTION_FUNCTIONS[own])
     return f"rows_over_{own}"
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #d8db49fd
+# %% ../../nbs/lib/72_analysis.attention.ipynb #21253536
 class AttentionRows:
     """A context in which forward passes leave attention rows: `with AttentionRows(model, queries) as rows: model(...); rows.kept[3][0]`.
 
@@ -164,10 +164,9 @@ class AttentionRows:
             raise InputError(f"a pass over {shape[1]} positions of {shape[0]} samples with {length} keys", f"whole sequences, {tuple(self.queries.shape)}",
                              "call the model on the batch that the queries belong to, with use_cache=False")  # fmt: skip
         causal, found = settings.get("is_causal"), []
-        causal = getattr(module, "is_causal", True) if causal is None else causal
         for sample, wanted in enumerate(self.queries):
             places = wanted.nonzero()[:, 0].to(query.device)
-            hidden = mask_rows(mask, sample, places, length, causal)
+            hidden = mask_rows(mask, sample, places, length, getattr(module, "is_causal", True) if causal is None else causal)
             rows = softmax_rows(query[sample][:, places], key[sample], hidden, settings.get("scaling"), settings.get("softcap"))
             found.append(self.keep(rows if self.keys is None else rows[..., self.keys[sample].nonzero()[:, 0].to(rows.device)], sample))
         self.kept[self.layer_of[module]] = found
@@ -363,10 +362,10 @@ def panels_of(
             home.append(view)
     return groups
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #8e33843a
-OVERLAY = [[0.0, "rgba(213, 94, 0, 0)"], [1.0, "rgba(213, 94, 0, 0.95)"]]  # from nothing to vermilion: the picture stays visible where nobody looks
+# %% ../../nbs/lib/72_analysis.attention.ipynb #6e772146
+OVERLAY = [[0.0, "rgba(140, 140, 140, 0.9)"], [1.0, "rgba(140, 140, 140, 0)"]]  # a grey veil that attention lifts: no hue of the picture is changed or hidden
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #617a2880
+# %% ../../nbs/lib/72_analysis.attention.ipynb #2e97a56f
 def attention_figure(
     picture: Image.Image,  # as it was before the processor
     weights: Tensor,  # (V,), one number for each visual token
@@ -377,7 +376,7 @@ def attention_figure(
     unit: str = "attention weight (share of the row)",
     highest: float | None = None,  # end of the colour scale, the same for figures to compare; the largest weight by default
 ):
-    "The picture with the weights over it, stronger colour for more, as a plotly figure. Raises InputError where weights, grids and boxes do not fit."
+    "The picture under a grey veil that is lifted where the weights are high, as a plotly figure. Raises InputError where weights, grids and boxes do not fit."
     grids = torch.as_tensor(grid).reshape(-1, 2).tolist()
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if boxes is None else boxes.float().cpu()
     counts, (wide, high) = [rows * columns for rows, columns in grids], picture.size
