@@ -362,8 +362,8 @@ def panels_of(
             home.append(view)
     return groups
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #6e772146
-OVERLAY = [[0.0, "rgba(140, 140, 140, 0.9)"], [1.0, "rgba(140, 140, 140, 0)"]]  # a grey veil that attention lifts: no hue of the picture is changed or hidden
+# %% ../../nbs/lib/72_analysis.attention.ipynb #5473bbab
+OVERLAY = [[0.0, "rgba(140, 140, 140, 0.85)"], [1.0, "rgba(140, 140, 140, 0)"]]  # a grey veil that attention lifts: no hue of the picture is changed or hidden
 
 # %% ../../nbs/lib/72_analysis.attention.ipynb #2e97a56f
 def attention_figure(
