@@ -92,7 +92,7 @@ def attention_modules(
 # %% ../../nbs/lib/72_analysis.attention.ipynb #df3dbd69
 LISTENING = []  # the contexts that are open, outermost first
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #532ec447
+# %% ../../nbs/lib/72_analysis.attention.ipynb #abb8f23f
 def attend_and_listen(
     own: str,  # the implementation that does the work
     module: nn.Module,  # the layer's attention
@@ -102,7 +102,7 @@ def attend_and_listen(
     attention_mask: Tensor | None,  # as that implementation takes it
     **settings,  # scaling, softcap, dropout, ...
 ) -> tuple[Tensor, Tensor | None]:
-    "transformers' attention function: open contexts take their rows, the model's own function does the rest. Raises InputError for scores with more terms than here."
+    "What transformers calls: open contexts take their rows, the model's own function does the rest. Raises InputError for scores with more terms than here."
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     for context in LISTENING:
@@ -115,11 +115,11 @@ def attend_and_listen(
     function = ALL_ATTENTION_FUNCTIONS.get_interface(own, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
     return function(module, query, key, value, attention_mask, **settings)
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #f6da9d0d
+# %% ../../nbs/lib/72_analysis.attention.ipynb #9ca3fcc7
 def listening_name(
     own: str,  # the name of the model's own attention implementation
 ) -> str:
-    "The name under which rows are read on the way to an implementation, registered with transformers. The flash and flex kernels, whose masks have other forms, give way to sdpa."
+    "The name, registered with transformers, under which rows are read on the way to an implementation; flash and flex, with masks of other forms, become sdpa."
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -129,11 +129,11 @@ def listening_name(
     AttentionMaskInterface.register(f"rows_over_{own}", ALL_MASK_ATTENTION_FUNCTIONS[own])
     return f"rows_over_{own}"
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #21253536
+# %% ../../nbs/lib/72_analysis.attention.ipynb #bd3e72ea
 class AttentionRows:
     """A context in which forward passes leave attention rows: `with AttentionRows(model, queries) as rows: model(...); rows.kept[3][0]`.
 
-    `kept[layer]` is a list of B results, by default tensors (H, Q, K) with the Q queries and K keys of that sample; layer k is the block whose output is state k.
+    `kept[layer]` is a list of B results, by default tensors (H, Q, K) with the Q queries and K keys of that sample; block k makes state k.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ def continued(
     more |= {name: suffix for name in PER_TOKEN if name in batch}
     return {**batch, **{name: torch.cat([batch[name], tail], 1) for name, tail in more.items()}}
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #ba4fcebb
+# %% ../../nbs/lib/72_analysis.attention.ipynb #efaabe4d
 @torch.inference_mode()
 def generated_rows(
     subject: Subject,  # the model to ask
@@ -240,7 +240,7 @@ def generated_rows(
     layers: Sequence[int] | None = None,  # 1 to L; all by default
     image_only: bool = True,  # columns of the visual tokens; False: of all S + T positions
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    "A greedy answer's T tokens (T,) and {layer: (H, T, V)}, the weights with which each token was predicted, on the CPU. Raises InputError as `attention_rows` does."
+    "A greedy answer's T tokens (T,) and {layer: (H, T, V)}, the weights when each was predicted, on the CPU. Raises InputError as `attention_rows` does."
     tokenizer, length = subject.processor.tokenizer, batch["input_ids"].shape[1]
     made = subject.model.generate(**model_inputs(batch), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     tokens = made[0, length:]
@@ -261,7 +261,7 @@ def views_of_samples(
         raise InputError(f"no picture in samples {empty}", "a picture in each", "leave text-only records out of measures of visual tokens")
     return views
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #42a7fe3e
+# %% ../../nbs/lib/72_analysis.attention.ipynb #9b63c6f4
 @torch.inference_mode()
 def measured_rows(
     subjects: Subject | Sequence[Subject],  # one or several models
@@ -277,9 +277,12 @@ def measured_rows(
     chosen = [records[index] for index in range(count)]
     for subject in subjects_of(subjects):
         values = {}
-        for number, batch in zip(range(ceil(count / batch_size)), subject.batches(records, min(batch_size, count))):
+        for _, batch in zip(range(ceil(count / batch_size)), subject.batches(records, min(batch_size, count))):
             views = views_of_samples(batch)
-            keep = lambda rows, sample: measure(rows, batch["grids"][views[sample]]).float().cpu()  # noqa: B023
+
+            def keep(rows: Tensor, sample: int) -> Tensor:
+                return measure(rows, batch["grids"][views[sample]]).float().cpu()  # noqa: B023
+
             with AttentionRows(subject.model, query_mask(batch, queries), batch["visual_mask"], layers, keep) as rows:
                 subject.model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
             for layer, kept in rows.kept.items():
@@ -287,21 +290,22 @@ def measured_rows(
         for layer, kept in sorted(values.items()):
             heads = len(kept[0])
             where = {"record": [each.id for each in chosen for _ in range(heads)], "picture": [each.images[0] for each in chosen for _ in range(heads)]}
-            tables.append(pd.DataFrame({"model": subject.name, **where, "layer": layer, "head": [*range(heads)] * count, "value": torch.cat(kept[:count]).numpy()}))
+            columns = {"model": subject.name, **where, "layer": layer, "head": [*range(heads)] * count, "value": torch.cat(kept[:count]).numpy()}
+            tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #99ce8edf
+# %% ../../nbs/lib/72_analysis.attention.ipynb #2312bfd5
 def over_pictures(
     table: pd.DataFrame,  # columns picture, value and those in `by`
     by: Sequence[str] = ("model", "layer"),  # what stays apart
 ) -> pd.DataFrame:
-    "Means with 95 % t-intervals over pictures: the columns `by`, value, low, high, pictures. Raises InputError for missing columns or a value that is not finite."
+    "Means, 95 % t-intervals over pictures: the columns `by`, value, low, high, pictures. Raises InputError for missing columns or values that are not finite."
     require_columns(table, ("picture", "value", *by), "values")
     means = table.groupby([*by, "picture"], sort=False).value.mean()
     rows = [(*(name if isinstance(name, tuple) else (name,)), *interval(values), len(values)) for name, values in means.groupby(level=list(by), sort=False)]
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "pictures"])
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #0d45eec9
+# %% ../../nbs/lib/72_analysis.attention.ipynb #9bdde5ac
 def image_attention_table(
     subjects: Subject | Sequence[Subject],  # one or several models
     records: Records,  # conversations with pictures
@@ -311,7 +315,7 @@ def image_attention_table(
     batch_size: int = 50,
     first_records: int = 0,  # use only so many; 0 uses all
 ) -> pd.DataFrame:
-    "Share of attention on the picture (0-1): model, layer, (head,) value, low, high, pictures; 95 % intervals over pictures. Raises InputError as `measured_rows` does."
+    "Share of attention on the picture (0-1): model, layer, (head,) value, 95 % low and high, pictures. Raises InputError as `measured_rows` does."
     raw = measured_rows(subjects, records, lambda rows, _: rows.sum(-1).mean(1), queries, layers, batch_size, first_records)
     return over_pictures(raw, ("model", "layer", "head") if by_head else ("model", "layer"))
 
@@ -325,14 +329,14 @@ def image_attention_figure(
     subtitle = f"mean over heads and {table.pictures.max()} pictures; bands: 95 % intervals over pictures"
     return layers_figure(table, "Attention from words to the picture", subtitle, "share of attention on the picture (0 to 1)", **options)
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #c453ff22
+# %% ../../nbs/lib/72_analysis.attention.ipynb #2a2af5bb
 def heads_figure(
     table: pd.DataFrame,  # columns model, layer, head, value
     title: str,
     subtitle: str,  # over what the mean was taken
     unit: str,  # of the value, for the colour bar
 ):
-    "A heat map of layers and heads for each model, on one colour scale (cividis), as a plotly figure. Raises InputError for a table without these columns or rows."
+    "A heat map of layers and heads for each model, on one colour scale, as a plotly figure. Raises InputError for a table without these columns or rows."
     require_columns(table, ("model", "layer", "head", "value"), "heads")
     figure, models = blank_figure(title, subtitle), list(table.model.unique())
     figure.set_subplots(rows=1, cols=len(models), horizontal_spacing=0.08, subplot_titles=[escaped(name) for name in models])

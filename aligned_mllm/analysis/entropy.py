@@ -22,23 +22,23 @@ from ..data.records import Records
 from ..evals.statistics import require_columns
 from ..figures import blank_figure, layers_figure
 
-# %% ../../nbs/lib/73_analysis.entropy.ipynb #3de47ca1
+# %% ../../nbs/lib/73_analysis.entropy.ipynb #c7ca0c8c
 def above_mean(
     weights: Tensor,  # (N, V), a map in each row
 ) -> np.ndarray:
-    "How far each weight lies above its map's mean, 0 where it does not: (N, V), in double precision. Raises InputError for weights that are negative or not finite."
+    "How far each weight lies above its map's mean, 0 where it does not: (N, V), double. Raises InputError for weights that are negative or not finite."
     maps = weights.detach().double().cpu().numpy()
     if maps.ndim != 2 or not np.isfinite(maps).all() or (maps < 0).any():
         raise InputError(f"weights {maps.shape} from {maps.min() if maps.size else None} to {maps.max() if maps.size else None}",
                          "finite numbers from 0, a map in each row", "pass attention weights, not scores before the softmax")  # fmt: skip
     return np.maximum(maps - maps.mean(1, keepdims=True), 0)
 
-# %% ../../nbs/lib/73_analysis.entropy.ipynb #23b9ab4c
+# %% ../../nbs/lib/73_analysis.entropy.ipynb #40449c67
 def places_of(
     marked: np.ndarray,  # (N, rows, columns) bool, maps
     connectivity: int = 8,  # 8: corners touch; 4: only sides do
 ) -> np.ndarray:
-    "The number of the connected place at each patch, counted from 1 through all maps, 0 where not marked: (N, rows, columns). Raises InputError for another connectivity."
+    "The number of each patch's connected place, from 1 through all maps, 0 where not marked: (N, rows, columns). Raises InputError for another connectivity."
     from scipy.ndimage import generate_binary_structure, label
 
     if connectivity not in (4, 8):
@@ -81,7 +81,7 @@ def held_by_places(
     owners[places] = np.arange(len(above))[:, None]
     return np.bincount(places.ravel(), above.ravel(), len(owners))[1:], owners[1:], above, places
 
-# %% ../../nbs/lib/73_analysis.entropy.ipynb #f5475637
+# %% ../../nbs/lib/73_analysis.entropy.ipynb #19135ae8
 def spatial_entropy(
     weights: Tensor,  # (..., V), attention on the visual tokens of one sample
     grid: tuple[int, int] | Tensor,  # rows and columns; (W, 2) for several views
@@ -93,7 +93,7 @@ def spatial_entropy(
     relative: bool = False,
     connectivity: int = 8,
 ) -> Tensor:
-    "H = -sum p log p over connected places (Kang et al. 2025), (...); infinite for a flat map. Raises InputError for weights, grids or choices that do not fit."
+    "H = -sum p log p over connected places (Kang et al. 2025), (...); infinite for a flat map. Raises InputError for what does not fit."
     if of not in ("map", "places") or normalise not in ("none", "places", "grid") or base <= 1:
         raise InputError(f"of={of!r}, normalise={normalise!r}, base={base}", "of 'map' or 'places', normalise 'none', 'places' or 'grid', a base above 1",
                          "choose among these")  # fmt: skip
@@ -106,21 +106,23 @@ def spatial_entropy(
     values = np.where(number == 0, nothing, values / np.log(most))
     return torch.from_numpy(np.where(total <= 0, np.inf, values)).float().reshape(weights.shape[:-1])
 
-# %% ../../nbs/lib/73_analysis.entropy.ipynb #2588db08
+# %% ../../nbs/lib/73_analysis.entropy.ipynb #e078f8f9
 def steps_figure(
     weights: Tensor,  # (V,), one row
     grid: tuple[int, int],  # rows and columns of the one view
     title: str = "Spatial entropy, step by step",
     **choices,  # for `spatial_entropy`
 ):
-    "The map, what lies above its mean, the connected places by number, and their shares with the entropy, as a plotly figure. Raises InputError as `spatial_entropy` does."
+    "The map, what lies above its mean, the connected places, their shares and the entropy, as a plotly figure. Raises InputError as `spatial_entropy` does."
     value = float(spatial_entropy(weights, grid, **choices))
     cut = {name: choices[name] for name in ("threshold", "relative", "connectivity") if name in choices}
     held, _, above, places = held_by_places(weights.reshape(1, -1), [grid], **cut)
     total = above.sum() if choices.get("of", "map") == "map" else held.sum()
-    unit = {"places": "of the log of their number", "grid": "of the grid's largest"}.get(choices.get("normalise"), "nats" if "base" not in choices else f"log base {choices['base']:g}")
+    unit = "nats" if "base" not in choices else f"log base {choices['base']:g}"
+    unit = {"places": "of the log of their number", "grid": "of the grid's largest"}.get(choices.get("normalise"), unit)
     figure = blank_figure(title, f"{len(held)} connected places; H = {value:.3g} ({unit})", height=330)
-    names = [f"1 weight ({float(weights.min()):.2g} to {float(weights.max()):.2g})", f"2 above the mean (to {above.max():.2g})", "3 connected places", "4 share of each (0 to 1)"]
+    span = f"1 weight ({float(weights.min()):.2g} to {float(weights.max()):.2g})"
+    names = [span, f"2 above the mean (to {above.max():.2g})", "3 connected places", "4 share of each (0 to 1)"]
     figure.set_subplots(rows=1, cols=4, horizontal_spacing=0.05, subplot_titles=names).update_annotations(font_size=13)
     numbers = np.where(places > 0, places, np.nan)
     for column, (values, scale) in enumerate(((weights.numpy(), "cividis"), (above, "cividis"), (numbers, ["#CFE3F1", "#56B4E9"])), start=1):
