@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['student_shape', 'shape_of_teacher', 'settings_told', 'sample_told', 'steps_told', 'forecast_of', 'rehearsal_of']
 
-# %% ../nbs/lib/53_preview.ipynb #d40f3c70
+# %% ../nbs/lib/53_preview.ipynb #3842db0f
 import math
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ from .models.taps import decoder_layers
 from .papers import paper_recipe_names, sources_of, stage1_of
 from .recipes import recipe
 from .rehearsal import tiny_data, tiny_settings
-from .settings import AlignConfig
+from .settings import WEIGHTS, AlignConfig
 from .shapes import config_of, llava_shape, teacher_shape
 from .teachers.vision import EMBEDDED, Teacher, load_teacher
 
@@ -43,7 +43,7 @@ def student_shape(
     with torch.device("meta"):
         return dressed(config, model)
 
-# %% ../nbs/lib/53_preview.ipynb #d266a1b6
+# %% ../nbs/lib/53_preview.ipynb #fc8549dc
 def shape_of_teacher(
     config: AlignConfig,  # settings
     student: nn.Module,  # from `student_shape`
@@ -59,7 +59,9 @@ def shape_of_teacher(
         tower = deepcopy(parts_of(student)["vision_tower"][0])
         return Teacher("encoder", tower, CLIPImageProcessorPil(), layer=student.config.vision_feature_layer, seal="not loaded")
     name = config.teacher.removeprefix("random_")
-    return load_teacher(name, parts=config.parts) if name in EMBEDDED else teacher_shape(name)
+    teacher = load_teacher(name, parts=config.parts) if name in EMBEDDED else teacher_shape(name)
+    teacher.model.to(WEIGHTS[config.weights])
+    return teacher
 
 # %% ../nbs/lib/53_preview.ipynb #bda0d0b8
 def settings_told(

@@ -380,7 +380,7 @@ def last_checkpoint(
     whole = [path.parent for path in run.glob("checkpoint-*/whole.json")]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
-# %% ../nbs/lib/54_train.ipynb #93def9fe
+# %% ../nbs/lib/54_train.ipynb #70e617ab
 def trainer_of(
     config: AlignConfig,  # settings
 ) -> AlignTrainer:
@@ -409,6 +409,8 @@ def trainer_of(
         train_dataset=Samples(records, processor, teacher_pixels=view, first_records=config.first_records, **common),
         processing_class=processor, callbacks=[RunFolder()], targets=targets,
     )  # fmt: skip
+    if config.supervised_logits and not takes_positions(model) and trainer.is_world_process_zero():
+        print(f"{type(model).__name__} makes logits at all positions: it takes no logits_to_keep", flush=True)
     trainer.train_dataset[0]
     return trainer
 
