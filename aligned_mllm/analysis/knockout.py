@@ -91,7 +91,7 @@ def without_update(
         for hook in hooks:
             hook.remove()
 
-# %% ../../nbs/lib/75_analysis.knockout.ipynb #d1c75ad9
+# %% ../../nbs/lib/75_analysis.knockout.ipynb #93b91004
 def cut_mask(
     mask: Tensor | None,  # what the block would be given: (B, 1, S, keys) bool or additive; None for plain attention
     places: ImagePositions,  # of the present call
@@ -102,7 +102,8 @@ def cut_mask(
     "The mask (B, 1, S, keys) without attention from text to image. Raises InputError for a mask of another kind."
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == keys):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"an attention mask {shape} for {keys} keys", "(batch, heads, queries, keys)", "load the model with attn_implementation='sdpa' or 'eager'")
+        raise InputError(f"an attention mask {shape} for {keys} keys", "(batch, heads, queries, keys)",
+                         "load the model with attn_implementation='sdpa' or 'eager'")  # fmt: skip
     known = places.so_far
     image = nn.functional.pad(known, (0, max(0, first_key + keys - known.shape[1])))[:, first_key : first_key + keys]
     forbidden = ~places.now[:, None, :, None] & image[:, None, None, :]
@@ -112,13 +113,14 @@ def cut_mask(
     forbidden = forbidden.to(mask.device)
     return mask & ~forbidden if mask.dtype == torch.bool else mask.masked_fill(forbidden, torch.finfo(mask.dtype).min)
 
-# %% ../../nbs/lib/75_analysis.knockout.ipynb #6761db5f
+# %% ../../nbs/lib/75_analysis.knockout.ipynb #25f0d575
 @contextmanager
 def without_image_attention(
     model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
     from_layer: int = 1,  # the first block without, from 1: a blind model; the last block is the mildest cut
 ) -> Iterator[None]:
-    "Within: from this block on, text positions attend to no visual position, in generation too. Raises InputError for a block that does not exist, and for kernels that take no mask."
+    """Within: from this block on, text positions attend to no visual position, in generation too. Raises InputError for a block that does not exist, and for
+    kernels that take no mask."""
     (first,), blocks = check_blocks([from_layer], model), decoder_layers(model)
     places = ImagePositions(model)
     kernel = getattr(places.decoder.config, "_attn_implementation", "eager")
@@ -166,7 +168,7 @@ def knockout_table(
     table = pd.concat(tables, ignore_index=True)
     return table[["model", "kind", "layer", *(name for name in table.columns if name not in ("model", "kind", "layer"))]]
 
-# %% ../../nbs/lib/75_analysis.knockout.ipynb #a6c895f9
+# %% ../../nbs/lib/75_analysis.knockout.ipynb #54bc90e4
 def knockout_figure(
     table: pd.DataFrame,  # from `knockout_table`; one kind
     categories: Sequence[str] = ("all",),  # a panel for each type of question
@@ -181,4 +183,5 @@ def knockout_figure(
     drawn = table[table.category.isin(categories)].rename(columns={"loss": "value"})
     drawn = drawn.assign(**{name: 100 * drawn[name] for name in ("value", "low", "high")})
     panel = "category" if len(categories) > 1 else ""
-    return layers_figure(drawn, told[table.kind.iloc[0]], "bands: 95 % intervals, paired over questions", "accuracy lost, points", panel=panel, marked=marked)
+    figure = layers_figure(drawn, told[table.kind.iloc[0]], "bands: 95 % intervals, paired over questions", "accuracy lost, points", panel=panel, marked=marked)
+    return figure.update_xaxes(title_text="layer (block of the language model)")

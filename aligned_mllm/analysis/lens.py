@@ -22,7 +22,7 @@ from ..evals.statistics import require_columns
 from ..figures import blank_figure, escaped
 from ..models.taps import Taps, decoder_layers
 
-# %% ../../nbs/lib/76_analysis.lens.ipynb #3632ed18
+# %% ../../nbs/lib/76_analysis.lens.ipynb #eba3281a
 def readout(
     model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
 ) -> tuple[nn.Module, nn.Module, float | None]:
@@ -33,7 +33,8 @@ def readout(
     decoder_layers(inner)
     norm, head = getattr(inner.get_decoder(), "norm", None), inner.get_output_embeddings()
     if norm is None or head is None:
-        raise InputError(f"{type(inner).__name__} with norm {norm} and head {head}", "a decoder with `norm`, and output embeddings", "name the architecture in an issue")
+        raise InputError(f"{type(inner).__name__} with norm {norm} and head {head}", "a decoder with `norm`, and output embeddings",
+                         "name the architecture in an issue")  # fmt: skip
     return norm, head, getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
 
 # %% ../../nbs/lib/76_analysis.lens.ipynb #ac04e437
