@@ -147,7 +147,7 @@ def picture_trace(
     across, down = columns / picture.width, rows / picture.height
     return go.Image(z=np.asarray(picture), x0=(across - 1) / 2, dx=across, y0=(down - 1) / 2, dy=down, hoverinfo="skip")
 
-# %% ../../nbs/lib/76_analysis.lens.ipynb #6e803e4d
+# %% ../../nbs/lib/76_analysis.lens.ipynb #946091e2
 def words_on_grid(
     words: pd.DataFrame,  # of one model, layer and view: patch, rank, token and the score
     rows: int,
@@ -163,11 +163,11 @@ def words_on_grid(
         raise InputError(f"{len(best)} best words for {rows} x {columns} patches", "one for each", "pass a table that was read from this picture")
     lines = [f"{escaped(token)} {value:.2f}" for token, value in zip(words.token, words[score])]
     told = pd.Series(lines).groupby(words.patch.to_numpy()).agg("<br>".join).to_numpy().reshape(rows, columns)
-    short = [token.strip() if len(token.strip()) <= 8 else token.strip()[:6] + "…" for token in best.token]
+    short = [token.strip() if len(token.strip()) <= 8 else token.strip()[:5] + "…" for token in best.token]
     text = np.array([escaped(token) for token in short] if max(rows, columns) <= 12 else [""] * len(best), dtype=object).reshape(rows, columns)
     return go.Heatmap(z=best[score].to_numpy().round(3).reshape(rows, columns), text=text, texttemplate="%{text}", customdata=told,
                       hovertemplate="%{customdata}<extra></extra>", colorscale=[[0, "#ffffff"], [1, "#56B4E9"]], zmin=0, zmax=1,
-                      opacity=0.75, showscale=False, textfont={"size": 9, "color": "#000"})  # fmt: skip
+                      opacity=0.75, showscale=False, textfont={"size": 8, "color": "#000"})  # fmt: skip
 
 # %% ../../nbs/lib/76_analysis.lens.ipynb #6546b6e0
 def lens_figure(
