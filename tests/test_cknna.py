@@ -1,13 +1,21 @@
 """CKNNA against a float64 reference that follows the formula with loops, its invariances, its null and its errors."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from aligned_mllm.analysis.cknna import cka, cknna, cknna_by_layer, kernel, neighbours, permutation_null
+from aligned_mllm.analysis.cknna import (MEASURES, agreement, cka, cka_null, cknna, cknna_by_layer, cknna_table, cknna_table_figure, groups_of, kernel,
+                                         neighbours, permutation_null, points_of, space)  # fmt: skip
+from aligned_mllm.analysis.subjects import Subject
 from aligned_mllm.core import InputError
+from aligned_mllm.data.scenes import draw, scenes_of
+from aligned_mllm.models.parts import embedded_model
+from aligned_mllm.teachers.vision import load_teacher
 
 
 def reference_cknna(first, second, k):
@@ -156,3 +164,148 @@ def test_inputs_are_left_alone():
 def test_bad_input_is_named(second, k, words):
     with pytest.raises(InputError, match=words):
         cknna(features(0), second, k=k)
+
+
+def released(first, second, k, unbiased, masked=True):
+    "CKNNA as released with the paper, in NumPy: whole kernels, masks, HSIC; without masks it is CKA."
+    n = len(first)
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (first, second)]
+    kernels, masks = [rows @ rows.T for rows in unit], []
+    for inner in kernels:
+        ranked = np.argsort(-(inner - np.diag(np.full(n, np.inf if unbiased else 0))), axis=1)[:, :k]
+        masks.append(np.zeros((n, n)))
+        np.put_along_axis(masks[-1], ranked, 1, axis=1)
+
+    def hsic(one, two):
+        if not unbiased:
+            centring = np.eye(n) - 1 / n
+            return np.trace(one @ centring @ two @ centring)
+        one, two = one - np.diag(np.diag(one)), two - np.diag(np.diag(two))
+        return (one * two.T).sum() + one.sum() * two.sum() / (n - 1) / (n - 2) - 2 * (one @ two).sum() / (n - 2)
+
+    def similarity(a, b):
+        mask = masks[a] * masks[b] if masked else 1
+        return hsic(mask * kernels[a], mask * kernels[b])
+
+    return similarity(0, 1) / np.sqrt(similarity(0, 0) * similarity(1, 1))
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("k", [2, 10, 39])
+def test_masked_first_agrees_with_the_released_code(k, unbiased):
+    first, second = features(0, n=60), features(1, n=60, noise_of=features(0, n=60))
+    value = cknna(first, second, k, form="masked_first", unbiased=unbiased)
+    assert value == pytest.approx(released(first, second, k, unbiased), abs=1e-9)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_cka_agrees_with_whole_kernels(unbiased):
+    first, second = features(0), features(1, width=9)
+    assert cka(first, second, unbiased=unbiased) == pytest.approx(released(first, second, 1, unbiased, masked=False), abs=1e-9)
+
+
+def test_unbiased_centred_first_reaches_unbiased_cka():
+    first, second = features(0), features(1, noise_of=features(0))
+    assert cknna(first, second, 39, unbiased=True) == pytest.approx(cka(first, second, unbiased=True), abs=1e-9)
+
+
+@pytest.mark.parametrize("spread", [1, 1e-2, 1e-4])
+def test_tiles_and_single_precision_change_nothing(spread):
+    "Float32 features in several tiles, also where all cosines are nearly 1, against whole float64 kernels."
+    first, second = (torch.tensor(3 + spread * features(seed, n=300, width=20), dtype=torch.float32) for seed in (0, 1))
+    for rows in (first, second):
+        whole, tiled = kernel(rows), space(rows, 10, tile=64)
+        assert torch.equal(torch.zeros(300, 300).scatter_(1, tiled.near, 1).bool(), neighbours(whole, 10))
+        assert torch.allclose(tiled.inner, whole.gather(1, tiled.near), atol=1e-14, rtol=0)
+    expected = reference_cknna(first[:80].double().tolist(), second[:80].double().tolist(), 10)
+    assert cknna(first[:80], second[:80]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_duplicates_beyond_the_candidates_are_found():
+    "Forty copies of one point: more equals than candidates."
+    rows = np.concatenate([np.tile(features(0, n=1), (40, 1)), features(1, n=60)])
+    tiled = space(rows, 10)
+    assert torch.allclose(tiled.inner, kernel(rows).fill_diagonal_(-9).topk(10).values)
+
+
+@pytest.mark.parametrize(("form", "unbiased"), [("centred_first", False), ("centred_first", True), ("masked_first", True), ("masked_first", False)])
+def test_leaving_pictures_out_is_measuring_the_others(form, unbiased):
+    first, second = features(0, n=100), features(1, n=100, noise_of=features(0, n=100))
+    groups, own = groups_of(np.arange(100) // 5, 10), form == "masked_first" and not unbiased
+    one, two = (space(rows, 5, groups=groups, with_self=own) for rows in (first, second))
+    for left in (0, 7):
+        rest = (groups != left).numpy()
+        found = agreement(one, two, 5, form, unbiased, without=left)
+        assert found["CKNNA"] == pytest.approx(cknna(first[rest], second[rest], 5, form=form, unbiased=unbiased), abs=1e-9)
+        masks = [neighbours(kernel(rows[rest]), 5) for rows in (first, second)]
+        if not own:
+            assert found["mutual k-NN"] == pytest.approx(float((masks[0] & masks[1]).sum()) / 5 / rest.sum(), abs=1e-12)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_null_of_cka_is_that_of_shuffles(unbiased):
+    first, second = features(0, n=25), features(1, n=25, width=9)
+    random = np.random.default_rng(0)
+    values = [cka(first, second[random.permutation(25)], unbiased=unbiased) for _ in range(400)]
+    mean, deviation = cka_null(points_of(first), points_of(second), unbiased)
+    assert abs(np.mean(values) - mean) < 4 * deviation / 400**0.5 and np.std(values) == pytest.approx(deviation, rel=0.15)
+
+
+def test_masked_null_is_the_value_of_shuffled_rows():
+    first, second = features(0), features(1, noise_of=features(0))
+    null = permutation_null(first, second, k=8, permutations=3, seed=7, form="masked_first", unbiased=True)
+    generator = torch.Generator().manual_seed(7)
+    for value in null:
+        order = torch.randperm(40, generator=generator).numpy()
+        assert value == pytest.approx(released(first, second[order], 8, True), abs=1e-9)
+
+
+def test_all_measures_by_layer_are_those_one_by_one():
+    reference = features(0, n=60)
+    states = {layer: features(layer, n=60, noise_of=reference) for layer in (1, 2)}
+    table = cknna_by_layer(iter(states.items()), reference, 5, 30, pictures=np.arange(60) // 4, measures=MEASURES).set_index(["layer", "measure"])
+    for layer, rows in states.items():
+        assert table.value[layer, "CKNNA"] == pytest.approx(cknna(rows, reference, 5), abs=1e-12)
+        assert table.value[layer, "CKA"] == pytest.approx(cka(rows, reference), abs=1e-12)
+    assert (table.low < table.value).all() and (table.value < table.high).all() and (table.null_high < table.value).all()
+
+
+MEASURE = """
+import sys, numpy as np, pandas as pd, torch
+from pathlib import Path
+from aligned_mllm.analysis.cknna import cknna_of_features
+from aligned_mllm.analysis.features import Features, GrowingRows
+from aligned_mllm.core import peak_memory
+torch.set_num_threads(1)
+folder, n, layers = Path(sys.argv[1]), 5000, 10
+for name in [f"layer_{layer:03d}" for layer in range(layers)] + ["teacher_encoder"]:
+    growing = GrowingRows(folder / f"{name}.npy", 256)
+    growing.append(torch.randn(n, 256))
+    growing.commit()
+index = pd.DataFrame({"picture": np.arange(n) // 25, "shown": 1})
+before = peak_memory()
+cknna_of_features(Features("made up", folder, tuple(range(layers)), ("encoder",), index), permutations=1, groups=0)
+print(peak_memory() - before)
+"""
+
+
+def test_memory_is_that_of_one_layer(tmp_path):
+    "5000 tokens, 10 layers: less than one kernel, which is 191 MiB in float64."
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    assert done.stdout and float(done.stdout) < 160, done.stderr + done.stdout
+
+
+def test_table_of_two_models_and_its_figure(parts, tmp_path):
+    pictures, teachers = [draw(scene) for scene in scenes_of("test", 10, seed=1)], {"dense": load_teacher("dense")}
+    models = [Subject(f"seed {seed}", *embedded_model(parts, seed=seed)) for seed in (0, 1)]
+    table = cknna_table(models, pictures, tmp_path / "kept", teachers, layers=[0, 4], k=5, permutations=10, measures=("CKNNA", "CKA"))
+    assert len(table) == 2 * 2 * 2 * 2 and set(table.reference) == {"encoder", "dense"} and table.n.eq(250).all() and table.pictures.eq(10).all()
+    again = cknna_table(None, folder=tmp_path / "kept", k=5, permutations=10, measures=("CKNNA", "CKA"))
+    assert again.equals(table)
+    pooled = cknna_table(models[0], pictures, layers=[4], k=3, permutations=10, level="pooled")
+    assert pooled.n.eq(10).all() and list(pooled.reference) == ["encoder"]
+    figure = cknna_table_figure(table, "CKA", aligned_layer=3)
+    assert {trace.name for trace in figure.data} >= {"seed 0", "seed 1", "chance"}
+    for wrong in ({"level": "patch"}, {"measures": ("cka",)}, {"form": "masked"}):
+        with pytest.raises(InputError, match="level of"):
+            cknna_table(models, pictures, **wrong)
