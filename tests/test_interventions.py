@@ -263,3 +263,14 @@ def test_knockouts_against_the_task(small_data, parts, tmp_path):
     assert len(knockout_figure(table).data) == 4
     with pytest.raises(InputError, match="knock-out 'x'"):
         knockout_table(Subject("one", model, processor), records, "x")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_every_pass_draws_orders_of_its_own(family):
+    subject = subject_of(family)
+    batches = [subject.batch([photo(0, size)]) for size in (SIZES[0], SIZES[1], SIZES[0])]
+    with permuted_tokens(subject.model):
+        first, other, second = ((batch["visual_mask"], states_of(subject.model, batch)) for batch in batches)
+    assert not torch.allclose(first[1][first[0]], second[1][second[0]], atol=1e-3)
+    with permuted_tokens(subject.model):
+        assert torch.equal(first[1], states_of(subject.model, batches[0])) and other[0].any()
