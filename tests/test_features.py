@@ -46,7 +46,8 @@ def test_every_family_picture_by_picture(family, tmp_path):
 def test_encoders_that_can_be_run_apart_and_those_that_cannot(tmp_path):
     for family in ("llava", "llava_next", "llava_onevision", "paligemma", "gemma3"):
         subject = Subject(family, *tiny(family))
-        assert own_encoder(subject).features(own_encoder(subject).pixels(PICTURES[:1])).isfinite().all()
+        batch = picture_batch(subject.processor, PICTURES[:2])
+        assert features_beside(own_encoder(subject), PICTURES[:2], batch).shape == (int(batch["visual_mask"].sum()), own_encoder(subject).width)
     for family in ("qwen2_5_vl", "internvl", "idefics3"):
         with pytest.raises(InputError, match="encoder=False"):
             write_features(Subject(family, *tiny(family)), PICTURES, tmp_path)

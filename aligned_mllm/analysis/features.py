@@ -153,7 +153,7 @@ def features_beside(
     seen = teacher.features([teacher.pixels_of_view(images[picture], box, grid) for picture, box, grid in views])
     return torch.cat([on_grid(values.float().cpu(), teacher.plan(grid)["teacher_grid"], grid) for values, (_, _, grid) in zip(seen, views)])
 
-# %% ../../nbs/lib/70_analysis.features.ipynb #6b8e31d8
+# %% ../../nbs/lib/70_analysis.features.ipynb #38f54e51
 def own_encoder(
     subject: Subject,  # whose vision tower to read
 ) -> Teacher:
@@ -161,12 +161,12 @@ def own_encoder(
     from copy import deepcopy
 
     tower, layer = parts_of(subject.model)["vision_tower"][0], getattr(subject.model.config, "vision_feature_layer", None)
-    if isinstance(layer, int):
-        return encoder_teacher(subject.model, subject.processor)
     kind = tower.config.model_type
     if kind not in FAMILIES or FAMILIES[kind].part:
-        raise InputError(f"{subject.name}'s encoder, a {kind}", "one that takes a picture alone: CLIP's or SigLIP's kind",
+        raise InputError(f"{subject.name}'s encoder, of type {kind!r}", "one that takes a picture alone: CLIP's or SigLIP's kind",
                          "pass encoder=False: layer 0, its projected features, is written in any case; or pass an encoder of your own in teachers")  # fmt: skip
+    if isinstance(layer, int):
+        return encoder_teacher(subject.model, subject.processor)
     return Teacher("encoder", deepcopy(tower), subject.processor.image_processor)
 
 # %% ../../nbs/lib/70_analysis.features.ipynb #c5301ca5
