@@ -6,7 +6,7 @@
 __all__ = ['TOLD', 'MEASURES', 'Case', 'names_of', 'case_of', 'write_asked', 'Measure', 'answers_table', 'measured', 'section',
            'inside']
 
-# %% ../nbs/lib/83_inside.ipynb #8c00ee51
+# %% ../nbs/lib/83_inside.ipynb #3e8ae7e2
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -28,7 +28,6 @@ from .core import InputError, checksum, load_json, save_json, whole_file
 from .data.records import Records, open_image, write_records
 from .evals.task import answers_of
 from .page import html_page, html_plot, html_table
-from .settings import AlignConfig
 from .teachers.vision import Teacher, load_teacher
 
 # %% ../nbs/lib/83_inside.ipynb #40f6c369

@@ -1,0 +1,75 @@
+"The page of one or two runs: measured once, on these weights and questions only; the numbers are those of independent computation; nothing is fetched."
+
+import pandas as pd
+import pytest
+
+from aligned_mllm.cli import main
+from aligned_mllm.core import data_folder, save_json
+from aligned_mllm.evals.task import is_right
+from aligned_mllm.inside import inside
+from aligned_mllm.models.parts import embedded_model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, small_data):
+    folders = [tmp_path_factory.mktemp("runs") / name for name in ("plain", "viral")]
+    for seed, run in enumerate(folders):
+        model, processor = embedded_model(data_folder() / "parts", seed=seed)
+        model.save_pretrained(run / "model")
+        processor.save_pretrained(run / "model")
+        save_json({"data": str(small_data), "seed": 0, "align_weight": 0.5 * seed, "align_layers": [3], "teacher": "dense"}, run / "config.json")
+        save_json({"steps": 4, "seconds": 2.0}, run / "done.json")
+        pd.DataFrame([(2, "accuracy", 0.5)], columns=["step", "name", "value"]).to_csv(run / "curves.csv", index=False)
+    return [str(run) for run in folders]
+
+
+def test_the_command_measures_two_runs(runs, tmp_path, small_data, capsys):
+    arguments = ["inside", *runs, "--output", str(tmp_path / "page"), "--questions", "20", "--pictures", "5", "--measures", "answers,attention"]
+    assert main(arguments) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "page" / "inside.html")
+    answers = pd.read_csv(tmp_path / "page" / "answers.csv")
+    every = answers[answers.category == "all"].set_index("model")
+    assert list(every.index) == ["plain", "viral"] and (every.questions == 20).all()
+    assert every.second_minus_first["viral"] == pytest.approx(every.accuracy["viral"] - every.accuracy["plain"]) and every.low["viral"] <= every.high["viral"]
+
+    from aligned_mllm.analysis.subjects import load_subject
+    from aligned_mllm.data.records import Records
+    from aligned_mllm.evals.task import answers_of
+
+    asked = Records(tmp_path / "page" / "questions.jsonl", small_data)
+    assert [record.id for record in asked] == [record.id for record in Records(small_data / "test.jsonl", small_data)[:20]]
+    subject = load_subject(runs[1])
+    told = answers_of(subject.model, subject.processor, asked)
+    right = [is_right(answer, asked[index].turns[-1].answer) for index, answer in enumerate(told.answer)]
+    assert every.accuracy["viral"] == pytest.approx(sum(right) / 20)
+
+
+def test_tables_are_kept_for_these_weights_and_questions_only(runs, tmp_path):
+    common = {"measures": ["attention"], "pictures": 5}
+    table = tmp_path / "attention.csv"
+    inside(runs[:1], tmp_path, questions=10, **common)
+    made = pd.read_csv(table)
+    made.assign(value=9.0).to_csv(table, index=False)  # as if kept
+    inside(runs[:1], tmp_path, questions=10, **common)
+    assert (pd.read_csv(table).value == 9).all()
+    inside(runs[1:], tmp_path, questions=10, **common)
+    assert set(pd.read_csv(table).model) == {"viral"} and (pd.read_csv(table).value < 1).all()
+    pd.read_csv(table).assign(value=9.0).to_csv(table, index=False)
+    inside(runs[1:], tmp_path, questions=11, **common)
+    assert (pd.read_csv(table).value < 1).all()
+
+
+def test_what_cannot_be_measured_is_said(runs, tmp_path):
+    page = inside(runs[:1], tmp_path, measures=["cknna", "lens"], questions=10, pictures=2).read_text()
+    assert "Not measured: 2 pictures" in page and "Words in the picture" in page
+    assert not (tmp_path / "cknna.csv").exists()
+
+
+@pytest.mark.parametrize("words", [["--measures", "cknn"], ["--questions", "0"], ["--data", "nowhere"]])
+def test_bad_words(runs, tmp_path, words, capsys):
+    assert main(["inside", runs[0], "--output", str(tmp_path), *words]) == 2
+    assert "What to do" in capsys.readouterr().err
+
+
+def test_three_runs_and_one_run_twice(runs, tmp_path, capsys):
+    assert main(["inside", *runs, runs[0], "--output", str(tmp_path)]) == 2
+    assert main(["inside", runs[0], runs[0], "--output", str(tmp_path)]) == 2 and "twice" in capsys.readouterr().err
