@@ -293,18 +293,23 @@ DRAWING = """
 })();
 """
 
-# %% ../nbs/lib/95_site.ipynb #ffce2ad2
+# %% ../nbs/lib/95_site.ipynb #87d4a8f8
 STYLE = """
-.content img { background: #fff; border-radius: 4px; max-width: 100%; height: auto; }
-.cell_output, .formula, .table-wrapper { overflow-x: auto; }
+@font-face { font-family: "STIX Two Math"; src: url("STIXTwoMath-Regular.ttf"); }
+math { font-family: "STIX Two Math", math; font-size: 1.05em; }
+.cell_output, .formula, .table-wrapper, .plotly-figure { overflow-x: auto; }
 .formula { margin: 1em 0; padding: 2px 0; }
-math { font-size: 1.08em; } math[display=block] { font-size: 1.15em; }
-.plotly-figure { min-height: 300px; }
-div.cell_output table.dataframe, div.cell_output table { font-size: 0.86em; font-variant-numeric: tabular-nums; border-collapse: collapse; color: inherit; }
+.content img { background: #fff; border-radius: 4px; max-width: 100%; height: auto; }
+.plotly-figure { min-height: 300px; } .plotly-figure .drawn { min-width: 560px; }
+h1 + blockquote { border: 0; background: none; margin: 0 0 1.5em; padding: 0; font-size: 1.1em; color: var(--color-foreground-secondary); }
+article h3 { overflow-wrap: anywhere; }
+div.cell div.cell_input, div.cell details.above-input > summary { border: 1px solid var(--color-background-border); border-left: 3px solid var(--color-brand-primary); }
+div.cell details.above-input > summary { background: none; }
+div.cell_output table { font-size: 0.86em; font-variant-numeric: tabular-nums; border: 0; border-collapse: collapse; color: inherit; }
 div.cell_output table :is(th, td) { padding: 4px 10px; border: 0; border-bottom: 1px solid var(--color-background-border); color: var(--color-foreground-primary); }
+div.cell_output table.words :is(th, td) { text-align: left; vertical-align: top; }
 div.cell_output table tr, div.cell_output table tr:nth-child(odd) { background: none; }
 div.cell_output table tbody tr:hover { background: var(--color-background-hover); }
-article h3 code, article h3 { overflow-wrap: anywhere; }
 """
 
 # %% ../nbs/lib/95_site.ipynb #5a7b449b
@@ -347,12 +352,13 @@ def write_sources(
             path.unlink()
     return source, known
 
-# %% ../nbs/lib/95_site.ipynb #b2013f4f
+# %% ../nbs/lib/95_site.ipynb #7f7e1224
 def site(
     root: Path = Path(),  # the repository: README.md, settings.ini, nbs
     output: Path = Path("_docs"),  # becomes the site; an earlier one is replaced
 ) -> Path:
     "Build the documentation; returns its first page. Raises InputError for a failing tutorial and for anything Sphinx warns of."
+    import ziamath
     from plotly.offline import get_plotlyjs
     from sphinx.application import Sphinx
 
@@ -368,6 +374,7 @@ def site(
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+    shutil.copy2(Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf", static)
     shutil.copytree(root / "nbs", source, dirs_exist_ok=True, ignore=lambda folder, names: [
         name for name in names if not name.endswith(".png") and not Path(folder, name).is_dir()])  # fmt: skip
     Sphinx(source, None, made, root / "_proc" / "doctrees", "html", configuration("aligned_mllm", static), status=None, warning=warnings).build()
