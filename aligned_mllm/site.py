@@ -60,7 +60,7 @@ def fingerprint(
                 digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/lib/95_site.ipynb #59e8cb1c
+# %% ../nbs/lib/95_site.ipynb #5175416f
 def executed(
     notebook: Path,  # the notebook as it stands in nbs
     store: Path,  # folder of executed notebooks
@@ -79,7 +79,8 @@ def executed(
         if re.search(r"^#\|\s*(eval:\s*false|slow|notest|cuda)", cell.source, re.M):
             cell.metadata["tags"] = ["skip-execution"]
     try:
-        NotebookClient(content, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}).execute()
+        where = {"metadata": {"path": str(notebook.parent)}}
+        NotebookClient(content, timeout=900, kernel_name="python3", resources=where, extra_arguments=["--log-level=40"]).execute()
     except CellExecutionError as error:
         raise InputError(f"{notebook.name}: {error}", "a notebook that runs", "open it with 'make lab', mend the cell, and build again") from None
     for old in store.glob(f"{notebook.stem}-*.ipynb"):
@@ -248,7 +249,7 @@ def setup(
     app.add_html_math_renderer("mathml", (draw, None), (draw, None))
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
-# %% ../nbs/lib/95_site.ipynb #fd3201f3
+# %% ../nbs/lib/95_site.ipynb #d037773e
 DRAWING = """
 "use strict";
 (() => {
@@ -257,29 +258,27 @@ DRAWING = """
     const theme = document.body.dataset.theme;
     return theme === "dark" || (theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);
   };
-  const grey = (red, green, blue) => Math.max(red, green, blue) - Math.min(red, green, blue) < 12;
-  const turned = (value) => Math.round(235 - 0.8 * value);
-  const darkened = (text) => text
-    .replace(/"(white|black)"/g, (all, name) => (name === "white" ? '"#fff"' : '"#000"'))
-    .replace(/rgb\\((\\d+), ?(\\d+), ?(\\d+)\\)/g, (all, ...found) => {
-      const values = found.slice(0, 3).map(Number);
-      return grey(...values) ? `rgb(${values.map(turned)})` : all;
-    })
-    .replace(/#([0-9a-f]{6}|[0-9a-f]{3})(?![0-9a-z])/gi, (all, digits) => {
-      const pairs = digits.length === 3 ? [...digits].map((digit) => digit + digit) : digits.match(/../g);
-      const values = pairs.map((pair) => parseInt(pair, 16));
-      return grey(...values) ? `rgb(${values.map(turned)})` : all;
-    });
+  const turned = (values) => "#" + Math.round(235 - 0.8 * values.reduce((sum, each) => sum + each / 3, 0)).toString(16).padStart(2, "0").repeat(3);
+  const counterpart = (values, otherwise) => (Math.max(...values) - Math.min(...values) < 60 ? turned(values) : otherwise);
+  const digits = (hex) => (hex.length === 3 ? [...hex].map((each) => each + each) : hex.match(/../g)).map((pair) => parseInt(pair, 16));
+  const colour = (text) => text.replace(/^white$/, "#fff").replace(/^black$/, "#000").replace(
+    /(^|color:\\s*)(?:#([0-9a-f]{6}|[0-9a-f]{3})\\b|rgb\\((\\d+), ?(\\d+), ?(\\d+)\\))/gi,
+    (all, before, hex, ...rgb) => before + counterpart(hex ? digits(hex) : rgb.slice(0, 3).map(Number), all.slice(before.length)));
+  const darkened = (part, name = "") => {
+    if (/colorscale|colorway/i.test(name)) return part;
+    if (typeof part === "string") return colour(part);
+    if (Array.isArray(part)) return part.map((each) => darkened(each));
+    return part && typeof part === "object" ? Object.fromEntries(Object.entries(part).map(([key, value]) => [key, darkened(value, key)])) : part;
+  };
   const draw = (place) => {
-    const text = place.querySelector("script").textContent;
-    const figure = JSON.parse(isDark() ? darkened(text) : text);
-    const clear = "rgba(0,0,0,0)";
-    Object.assign(figure.layout, { paper_bgcolor: clear, plot_bgcolor: clear, autosize: true });
+    const stored = JSON.parse(place.querySelector("script").textContent);
+    const figure = isDark() ? darkened(stored) : stored;
+    Object.assign(figure.layout, { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true });
     const target = place.querySelector(".drawn") || place.appendChild(Object.assign(document.createElement("div"), { className: "drawn" }));
     Plotly.react(target, figure.data, figure.layout, { responsive: true, displaylogo: false });
     if (figure.frames) Plotly.addFrames(target, figure.frames);
   };
-  if (location.protocol === "file:" && window.DOCUMENTATION_OPTIONS) DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+  if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
   addEventListener("DOMContentLoaded", () => {
     const places = [...document.querySelectorAll(".plotly-figure")];
     if (!places.length) return;
@@ -293,7 +292,7 @@ DRAWING = """
 })();
 """
 
-# %% ../nbs/lib/95_site.ipynb #87d4a8f8
+# %% ../nbs/lib/95_site.ipynb #332836c3
 STYLE = """
 @font-face { font-family: "STIX Two Math"; src: url("STIXTwoMath-Regular.ttf"); }
 math { font-family: "STIX Two Math", math; font-size: 1.05em; }
@@ -303,23 +302,28 @@ math { font-family: "STIX Two Math", math; font-size: 1.05em; }
 .plotly-figure { min-height: 300px; } .plotly-figure .drawn { min-width: 560px; }
 h1 + blockquote { border: 0; background: none; margin: 0 0 1.5em; padding: 0; font-size: 1.1em; color: var(--color-foreground-secondary); }
 article h3 { overflow-wrap: anywhere; }
-div.cell div.cell_input, div.cell details.above-input > summary { border: 1px solid var(--color-background-border); border-left: 3px solid var(--color-brand-primary); }
-div.cell details.above-input > summary { background: none; }
+div.cell_output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (min-width: 104em) { .content { width: 56em; } .sidebar-drawer { width: calc(50% - 31em); } }
+div.cell div.cell_input { border: 1px solid var(--color-background-border); border-left: 3px solid var(--color-brand-primary); }
+div.cell details.hide, div.cell details.hide > :is(summary, .admonition-title) { margin: 0; padding: 0; border: 0; box-shadow: none; background: none !important; }
+div.cell details.hide > summary { font-weight: normal; color: var(--color-foreground-secondary); } div.cell details.hide > summary::before { display: none; }
 div.cell_output table { font-size: 0.86em; font-variant-numeric: tabular-nums; border: 0; border-collapse: collapse; color: inherit; }
 div.cell_output table :is(th, td) { padding: 4px 10px; border: 0; border-bottom: 1px solid var(--color-background-border); color: var(--color-foreground-primary); }
+div.cell_output table :is(tbody, thead) th:first-child { text-align: left; }
 div.cell_output table.words :is(th, td) { text-align: left; vertical-align: top; }
 div.cell_output table tr, div.cell_output table tr:nth-child(odd) { background: none; }
 div.cell_output table tbody tr:hover { background: var(--color-background-hover); }
 """
 
-# %% ../nbs/lib/95_site.ipynb #5a7b449b
+# %% ../nbs/lib/95_site.ipynb #fdd16e3e
 def configuration(
     title: str,  # of the site
+    owner: str,  # for the copyright line
     static: Path,  # folder with site.css, figures.js and plotly.min.js
 ) -> dict:
     "Sphinx's settings, by name: no file of its own for them."
     return {
-        "project": title, "html_title": title, "html_theme": "furo", "language": "en",
+        "project": title, "copyright": owner, "html_title": title, "html_theme": "furo", "language": "en", "smartquotes": False,
         "extensions": ["myst_nb", "sphinx_copybutton", "aligned_mllm.site"], "html_math_renderer": "mathml",
         "myst_enable_extensions": ["dollarmath", "amsmath"], "myst_all_links_external": True, "suppress_warnings": ["myst.header"],
         "nb_execution_mode": "off", "nb_merge_streams": True, "nb_ipywidgets_js": {}, "nb_code_prompt_show": "Source",
@@ -352,13 +356,14 @@ def write_sources(
             path.unlink()
     return source, known
 
-# %% ../nbs/lib/95_site.ipynb #7f7e1224
+# %% ../nbs/lib/95_site.ipynb #27513107
 def site(
     root: Path = Path(),  # the repository: README.md, settings.ini, nbs
     output: Path = Path("_docs"),  # becomes the site; an earlier one is replaced
 ) -> Path:
     "Build the documentation; returns its first page. Raises InputError for a failing tutorial and for anything Sphinx warns of."
     import ziamath
+    from nbdev.config import get_config
     from plotly.offline import get_plotlyjs
     from sphinx.application import Sphinx
 
@@ -367,6 +372,7 @@ def site(
         raise InputError(f"{output} is there and is no earlier site", "a folder to be made or replaced", "choose another, or remove it")
     with contextlib.chdir(root):
         source, known = write_sources(root, root / "_proc")
+        project = get_config()
         front = front_page((root / "README.md").read_text(encoding="utf-8"), known)
     static, made = root / "_proc" / "static", root / "_proc" / "html"
     texts = {source / "index.md": front, static / "site.css": STYLE, static / "figures.js": DRAWING, static / "plotly.min.js": get_plotlyjs()}
@@ -377,7 +383,7 @@ def site(
     shutil.copy2(Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf", static)
     shutil.copytree(root / "nbs", source, dirs_exist_ok=True, ignore=lambda folder, names: [
         name for name in names if not name.endswith(".png") and not Path(folder, name).is_dir()])  # fmt: skip
-    Sphinx(source, None, made, root / "_proc" / "doctrees", "html", configuration("aligned_mllm", static), status=None, warning=warnings).build()
+    Sphinx(source, None, made, root / "_proc" / "doctrees", "html", configuration(project.title, project.copyright, static), status=None, warning=warnings).build()
     if warnings.getvalue():
         raise InputError(f"Sphinx warns:\n{warnings.getvalue()}", "a site without warnings", "mend the notebook named above, remove _proc, build again")
     for path in made.rglob("*.html"):
