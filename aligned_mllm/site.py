@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'CELL_OPTIONS', 'DRAWING', 'STYLE', 'ICON', 'pages', 'fingerprint', 'executed', 'defined_names',
            'with_sources', 'processed', 'linked', 'drawable', 'sphinx_page', 'front_page', 'formula', 'setup',
-           'configuration', 'write_sources', 'site', 'main']
+           'configuration', 'write_sources', 'write_assets', 'site', 'main']
 
 # %% ../nbs/lib/95_site.ipynb #bb2a3877
 import argparse
@@ -171,11 +171,13 @@ def linked(
     text = re.sub(r"\]\(((?:\.\./|\w+/)*)(?:[0-9]+[a-z]?_)?([\w.]+)\.ipynb([#)])", r"](\1\2.html\3", text)
     return re.sub(rf"(?<!\[)`(?:nbs/)?((?:{'|'.join(SECTIONS)})/[\w.]+?)(?:\.ipynb)?`", link, text)
 
-# %% ../nbs/lib/95_site.ipynb #0ad35cc0
+# %% ../nbs/lib/95_site.ipynb #e6dff8fe
 def drawable(
     output: dict,  # of a code cell
 ) -> dict:
-    "The output, a plotly figure in it as html that `DRAWING` turns into a figure."
+    "The output, a plotly figure in it as html that `DRAWING` turns into a figure; a widget, which needs a kernel, as a note."
+    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+        return {"output_type": "display_data", "metadata": {}, "data": {"text/plain": "(a widget: it lives in the notebook, see make lab)"}}
     figure = output.get("data", {}).get("application/vnd.plotly.v1+json")
     if figure is None:
         return output
@@ -224,7 +226,7 @@ def front_page(
     text = linked(NbdevLookup().linkify(readme), "index", known)
     return "\n".join([re.sub(r"(!?\[[^\]]*\]\()nbs/", r"\1", text), "", *lists])
 
-# %% ../nbs/lib/95_site.ipynb #d7fa86c0
+# %% ../nbs/lib/95_site.ipynb #1390dfec
 def formula(
     text: str,  # LaTeX
     block: bool,  # on a line of its own
@@ -236,6 +238,9 @@ def formula(
         made = convert(text, display="block" if block else "inline")
     except Exception as error:  # of many classes
         raise InputError(f"formula {text!r}: {type(error).__name__} {error}", "LaTeX as latex2mathml reads it", "write it with simpler commands") from error
+    unknown = re.findall(r">(\\[a-zA-Z]+)", made)
+    if unknown:
+        raise InputError(f"formula {text!r} with {unknown[0]}", "commands that latex2mathml knows", "write it with simpler commands")
     return made.replace("negativethinmathspace", "-0.167em")
 
 # %% ../nbs/lib/95_site.ipynb #e580c33d
@@ -254,7 +259,7 @@ def setup(
     app.add_html_math_renderer("mathml", (draw, None), (draw, None))
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
-# %% ../nbs/lib/95_site.ipynb #d037773e
+# %% ../nbs/lib/95_site.ipynb #04723fbc
 DRAWING = """
 "use strict";
 (() => {
@@ -287,17 +292,16 @@ DRAWING = """
   addEventListener("DOMContentLoaded", () => {
     const places = [...document.querySelectorAll(".plotly-figure")];
     if (!places.length) return;
-    const redraw = () => places.forEach(draw);
+    const redraw = () => places.forEach(draw), changed = () => window.Plotly && redraw();
     const script = Object.assign(document.createElement("script"), { src: plotly, onload: redraw });
     document.head.appendChild(script);
-    const changed = () => window.Plotly && redraw();
     new MutationObserver(changed).observe(document.body, { attributeFilter: ["data-theme"] });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", changed);
   });
 })();
 """
 
-# %% ../nbs/lib/95_site.ipynb #332836c3
+# %% ../nbs/lib/95_site.ipynb #407148b2
 STYLE = """
 @font-face { font-family: "STIX Two Math"; src: url("STIXTwoMath-Regular.ttf"); }
 math { font-family: "STIX Two Math", math; font-size: 1.05em; }
@@ -310,8 +314,9 @@ article h3 { overflow-wrap: anywhere; }
 div.cell_output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (min-width: 104em) { .content { width: 56em; } .sidebar-drawer { width: calc(50% - 31em); } }
 div.cell div.cell_input { border: 1px solid var(--color-background-border); border-left: 3px solid var(--color-brand-primary); }
-div.cell details.hide, div.cell details.hide > :is(summary, .admonition-title) { margin: 0; padding: 0; border: 0; box-shadow: none; background: none !important; }
-div.cell details.hide > summary { font-weight: normal; color: var(--color-foreground-secondary); } div.cell details.hide > summary::before { display: none; }
+div.cell details.hide, div.cell details.hide :is(summary, .admonition-title) { margin: 0; padding: 0; border: 0; box-shadow: none; background: none !important; }
+div.cell details.hide :is(summary, .admonition-title) { font-weight: normal; color: var(--color-foreground-secondary); }
+div.cell details.hide .admonition-title::before { display: none; }
 div.cell_output table { font-size: 0.86em; font-variant-numeric: tabular-nums; border: 0; border-collapse: collapse; color: inherit; }
 div.cell_output table :is(th, td) { padding: 4px 10px; border: 0; border-bottom: 1px solid var(--color-background-border); color: var(--color-foreground-primary); }
 div.cell_output table :is(tbody, thead) th:first-child { text-align: left; }
@@ -320,8 +325,10 @@ div.cell_output table tr, div.cell_output table tr:nth-child(odd) { background: 
 div.cell_output table tbody tr:hover { background: var(--color-background-hover); }
 """
 
-# %% ../nbs/lib/95_site.ipynb #f390bc64
-ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path fill="#0072B2" d="M2 2h8v8H2z"/><path fill="#D55E00" fill-opacity=".8" d="M6 6h8v8H6z"/></svg>"""
+# %% ../nbs/lib/95_site.ipynb #5e70d2e5
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
+<path fill="#0072B2" d="M2 2h8v8H2z"/><path fill="#D55E00" fill-opacity=".8" d="M6 6h8v8H6z"/></svg>
+"""
 
 # %% ../nbs/lib/95_site.ipynb #c0b21661
 def configuration(
@@ -364,15 +371,35 @@ def write_sources(
             path.unlink()
     return source, known
 
-# %% ../nbs/lib/95_site.ipynb #d7754a39
+# %% ../nbs/lib/95_site.ipynb #8218add8
+def write_assets(
+    root: Path,  # the repository
+    source: Path,  # from `write_sources`
+    known: dict,  # all pages
+) -> Path:
+    "Write the front page and all that is not a page, where it has changed; returns the folder of what every page loads."
+    import ziamath
+    from plotly.offline import get_plotlyjs
+
+    static, front = root / "_proc" / "static", front_page((root / "README.md").read_text(encoding="utf-8"), known)
+    texts = {source / "index.md": front, static / "site.css": STYLE, static / "figures.js": DRAWING, static / "icon.svg": ICON, static / "plotly.min.js": get_plotlyjs()}
+    for path, text in texts.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    shutil.copy2(Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf", static)
+    for path in (root / "nbs").rglob("*.png"):
+        (source / path.relative_to(root / "nbs")).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, source / path.relative_to(root / "nbs"))
+    return static
+
+# %% ../nbs/lib/95_site.ipynb #da5a470e
 def site(
     root: Path = Path(),  # the repository: README.md, settings.ini, nbs
     output: Path = Path("_docs"),  # becomes the site; an earlier one is replaced
 ) -> Path:
     "Build the documentation; returns its first page. Raises InputError for a failing tutorial and for anything Sphinx warns of."
-    import ziamath
     from nbdev.config import get_config
-    from plotly.offline import get_plotlyjs
     from sphinx.application import Sphinx
 
     root, output, warnings = Path(root).resolve(), Path(output).resolve(), io.StringIO()
@@ -380,19 +407,9 @@ def site(
         raise InputError(f"{output} is there and is no earlier site", "a folder to be made or replaced", "choose another, or remove it")
     with contextlib.chdir(root):
         source, known = write_sources(root, root / "_proc")
-        project = get_config()
-        front = front_page((root / "README.md").read_text(encoding="utf-8"), known)
-    static, made = root / "_proc" / "static", root / "_proc" / "html"
-    texts = {source / "index.md": front, static / "site.css": STYLE, static / "figures.js": DRAWING, static / "icon.svg": ICON,
-             static / "plotly.min.js": get_plotlyjs()}  # fmt: skip
-    for path, text in texts.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    shutil.copy2(Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf", static)
-    shutil.copytree(root / "nbs", source, dirs_exist_ok=True, ignore=lambda folder, names: [
-        name for name in names if not name.endswith(".png") and not Path(folder, name).is_dir()])  # fmt: skip
-    Sphinx(source, None, made, root / "_proc" / "doctrees", "html", configuration(project.title, project.copyright, static), status=None, warning=warnings).build()
+        static, project, made = write_assets(root, source, known), get_config(), root / "_proc" / "html"
+    settings = configuration(project.title, project.copyright, static)
+    Sphinx(source, None, made, root / "_proc" / "doctrees", "html", settings, status=None, warning=warnings).build()
     if warnings.getvalue():
         raise InputError(f"Sphinx warns:\n{warnings.getvalue()}", "a site without warnings", "mend the notebook named above, remove _proc, build again")
     for path in made.rglob("*.html"):
