@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment quick lab test tests-long tests-short browser clean
+.PHONY: help setup experiment quick lab docs test tests-long tests-short browser clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,8 +29,11 @@ quick: .venv/ready  ## the same in a minute, too short to mean anything
 lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARGS="--port 9999 --allow-root", ...)
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(ARGS)
 
-test: .venv/ready browser  ## everything that must hold: notebooks, tests, export
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+docs: .venv/ready  ## build the documentation: _docs/index.html
+	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site
+
+test: .venv/ready browser docs  ## everything that must hold: documentation, notebooks, tests, export
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^tutorials$$'  # docs has executed these
 	$(MAKE) -j2 --no-print-directory tests-long tests-short
 
 LONG := tests/test_train.py tests/test_experiment.py tests/test_distributed.py

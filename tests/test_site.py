@@ -1,0 +1,321 @@
+"""The documentation as it was built: every link leads somewhere, nothing comes from outside, every public name has its place,
+and in a browser figures react, the search finds, and light and dark both show. Screenshots are kept in _proc/screenshots."""
+
+import ast
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlparse
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOTS = ROOT / "_proc" / "screenshots"
+MODULES = sorted(path for path in (ROOT / "aligned_mllm").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
+TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+
+
+def tracked() -> str:
+    return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    "The site, brought up to date: seconds after `make docs`, minutes otherwise."
+    if not importlib.util.find_spec("myst_nb"):
+        pytest.skip("NOT TESTED: the documentation needs sphinx and myst-nb, of the extra 'dev'")
+    before = tracked()
+    made = subprocess.run([sys.executable, "-m", "aligned_mllm.site"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert tracked() == before, "building the documentation changed files of the repository"
+    return ROOT / "_docs"
+
+
+class Page(HTMLParser):
+    "Names, addresses that are loaded or linked, and the words of the article of a page."
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.ids, self.links, self.loaded, self.words, self.open = set(), [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids |= {values[name] for name in ("id", "name") if values.get(name)}
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        self.loaded += [values[name] for name in ("src", "data", "poster", "srcset") if values.get(name)]
+        if tag == "link" and values.get("href") and values.get("rel") not in ("index", "search", "next", "prev", "canonical"):
+            self.loaded.append(values["href"])
+        if tag not in ("img", "br", "hr", "meta", "link", "input", "source", "col"):
+            self.open.append((tag, values.get("class") or "", values.get("id") or ""))
+
+    def handle_endtag(self, tag):
+        if tag in [name for name, *_ in self.open]:
+            while self.open.pop()[0] != tag:
+                pass
+
+    def handle_data(self, data):
+        inside = [tag for tag, *_ in self.open]
+        if ("article" in inside or "h1" in inside) and not {"script", "style", "button"} & {*inside} and not any("headerlink" in name for _, name, _ in self.open):
+            self.words += data.split()
+
+
+@functools.cache
+def page(path: Path) -> Page:
+    return Page(path)
+
+
+def broken_links(folder: Path) -> list[str]:
+    "Links and anchors of the pages below a folder that lead nowhere."
+    found = []
+    for path in sorted(folder.rglob("*.html")):
+        for address in [*page(path).links, *page(path).loaded]:
+            parts = urlparse(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not target.is_file():
+                found.append(f"{path.relative_to(folder)}: {address}")
+            elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in page(target).ids:
+                found.append(f"{path.relative_to(folder)}: {address} (no such place)")
+    return found
+
+
+def from_outside(folder: Path) -> list[str]:
+    "What pages and style sheets of a folder would fetch from elsewhere."
+    found = [f"{path.name}: {address}" for path in folder.rglob("*.html") for address in page(path).loaded if urlparse(address).netloc]
+    for path in folder.rglob("*.css"):
+        text = path.read_text(encoding="utf-8")
+        found += [f"{path.name}: {address}" for address in re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", text) if urlparse(address).netloc]
+    return found
+
+
+def public_names(path: Path) -> list[str]:
+    "__all__ of a module."
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+# the files
+
+
+def test_every_link_leads_somewhere(site):
+    assert broken_links(site) == []
+
+
+def test_nothing_is_loaded_from_outside(site):
+    assert from_outside(site) == []
+
+
+def test_faults_of_a_site_would_be_found(tmp_path):
+    (tmp_path / "a.html").write_text('<h1 id="top">a</h1><a href="b.html">b</a><a href="#top">c</a><a href="#bottom">d</a><a href="https://e.example">e</a>')
+    assert broken_links(tmp_path) == ["a.html: b.html", "a.html: #bottom (no such place)"] and from_outside(tmp_path) == []
+    (tmp_path / "c.html").write_text('<script src="https://cdn.example/x.js"></script><link rel="stylesheet" href="//fonts.example/y.css">')
+    (tmp_path / "d.css").write_text("@import 'https://fonts.example/z.css'; a { background: url(data:image/png;base64,AA) }")
+    assert len(from_outside(tmp_path)) == 3
+
+
+def test_the_front_page_is_the_readme(site, tmp_path):
+    from markdown_it import MarkdownIt
+
+    html = MarkdownIt("commonmark").enable("table").render((ROOT / "README.md").read_text(encoding="utf-8"))
+    (tmp_path / "readme.html").write_text(f"<article>{html}</article>", encoding="utf-8")
+    expected, found = Page(tmp_path / "readme.html").words, page(site / "index.html").words
+    assert found[: len(expected)] == expected and len(found) == len(expected)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_public_name_has_its_place(site, path):
+    name = path.relative_to(ROOT / "aligned_mllm").with_suffix("").as_posix().replace("/", ".")
+    source = page(site / "lib" / f"{name}.html")
+    assert [each for each in public_names(path) if each.lower() not in source.ids or each not in source.words] == []
+
+
+def test_source_pages_stand_in_the_order_of_their_numbers(site):
+    listed = [urlparse(link).path for link in page(site / "index.html").links if link.startswith("lib/")]
+    expected = [f"lib/{path.stem.split('_', 1)[1]}.html" for path in sorted((ROOT / "nbs" / "lib").glob("*.ipynb"))]
+    assert [name for name in listed if name in expected][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_every_tutorial_was_executed(site, path):
+    (executed,) = (ROOT / "_proc" / "executed").glob(f"{path.stem}-*.ipynb")
+    before, after = (nbformat.read(each, 4).cells for each in (path, executed))
+    assert [cell.source for cell in before] == [cell.source for cell in after]
+    cells = [cell for cell in after if cell.cell_type == "code" and "skip-execution" not in cell.metadata.get("tags", [])]
+    assert cells and all(cell.execution_count for cell in cells)
+    shown = [output.data["text/plain"].split()[0] for cell in cells for output in cell.outputs if not cell.source.startswith("#| hide")
+             and output.output_type == "execute_result" and not {"text/html", "image/png", "application/vnd.plotly.v1+json"} & {*output.data}]  # fmt: skip
+    assert {*shown} <= {*page(site / "tutorials" / f"{path.stem}.html").words}
+
+
+def test_measured_numbers_of_the_paper_index_are_those_of_the_run(site):
+    import pandas as pd
+
+    scores = pd.read_csv(ROOT / "nbs" / "runs" / "main_job" / "scores.csv")
+    means = scores.groupby(["arm", "seed"]).accuracy.mean().unstack("seed")
+    text = " ".join(page(site / "explanations" / "paper_index.html").words)
+    for arm, baseline in (("viral", "plain"), ("other_image", "plain"), ("viral", "other_image")):
+        assert f"{100 * (means.loc[arm] - means.loc[baseline]).mean():+.1f} (" in text
+    cells = text.split("measured here")
+    assert "VIRAL − control" in text and len(cells) > 10
+
+
+def test_a_broken_repository_is_refused(tmp_path):
+    made = subprocess.run([sys.executable, "-m", "aligned_mllm.site", "--root", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2 and "no notebooks" in made.stderr and "Traceback" not in made.stderr
+    (tmp_path / "mine.txt").write_text("precious")
+    made = subprocess.run([sys.executable, "-m", "aligned_mllm.site", "--output", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2 and "no earlier site" in made.stderr and (tmp_path / "mine.txt").exists()
+
+
+# in the browser
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        "Nothing."
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED in a browser: playwright is missing")
+    with sync_api.sync_playwright() as play:
+        try:
+            found = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        except sync_api.Error as error:
+            pytest.skip(f"NOT TESTED in a browser: Chromium does not start ({str(error).splitlines()[0]}); 'make browser' fetches it")
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser, address):
+    "Opens pages; fails at the end for requests to elsewhere and for errors of the console."
+    faults, contexts = [], []
+
+    def open_page(name: str, scheme: str = "light", width: int = 1280, base: str = address):
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, reduced_motion="reduce")
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("request", lambda request: None if request.url.startswith((base, "data:", "blob:")) else faults.append(f"{name} asks for {request.url}"))
+        tab.on("requestfailed", lambda request: faults.append(f"{name}: {request.url} failed"))
+        tab.on("console", lambda message: faults.append(f"{name}: {message.text}") if message.type == "error" else None)
+        tab.on("pageerror", lambda error: faults.append(f"{name}: {error}"))
+        tab.goto(urljoin(base, name), wait_until="networkidle")
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def keep(tab, name: str, **options):
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=SHOTS / f"{name}.png", **options)
+
+
+def brightness(tab, selector: str, of: str = "color") -> float:
+    "0 (black) to 255 of a computed colour."
+    place = tab if selector == ":scope" else tab.locator(selector).first
+    numbers = re.findall(r"[\d.]+", place.evaluate(f"node => getComputedStyle(node)['{of}']"))
+    return sum(map(float, numbers[:3])) / 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", "tutorials/new_objective", "explanations/methods", "explanations/paper_index", "lib/analysis.cknna", "runs/main_job"])
+def test_pages_show_in_light_and_dark_and_on_a_telephone(opened, name, scheme):
+    tab = opened(f"{name}.html", scheme)
+    ground, text = brightness(tab, "body", "backgroundColor"), brightness(tab, "article p")
+    assert abs(ground - text) > 120 and (ground > 128) == (scheme == "light")
+    for figure in tab.locator(".plotly-figure").all():
+        figure.scroll_into_view_if_needed()
+        figure.locator(".main-svg").first.wait_for()
+        for letters in figure.locator("svg :is(.gtitle, .xtitle, .legendtext)").all()[:1]:
+            assert abs(ground - brightness(letters, ":scope", "fill")) > 80
+    keep(tab, f"{name.replace('/', '_')}_{scheme}", full_page=True)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    keep(tab, f"{name.replace('/', '_')}_{scheme}_narrow")
+
+
+def test_figures_react(opened):
+    tab = opened("runs/main_job.html")
+    figure = tab.locator(".plotly-figure").first
+    figure.scroll_into_view_if_needed()
+    figure.locator(".legendtoggle").first.wait_for()
+    visible = "node => node.querySelector('.drawn').data.filter(trace => trace.visible === 'legendonly').length"
+    assert figure.evaluate(visible) == 0
+    figure.locator(".legendtoggle").first.click()
+    tab.wait_for_function("document.querySelector('.plotly-figure .drawn').data.some(trace => trace.visible === 'legendonly')")
+    assert figure.evaluate(visible) >= 1
+    drawn = figure.evaluate("node => node.querySelector('.drawn').data[0].y.length")
+    stored = json.loads(figure.locator("script").inner_text() or figure.locator("script").text_content())
+    assert drawn == len(stored["data"][0]["y"])
+
+
+def test_the_switch_of_the_theme_takes_figures_along(opened):
+    tab = opened("runs/main_job.html")
+    figure = tab.locator(".plotly-figure").first
+    figure.locator("svg .gtitle").first.wait_for()
+    light = brightness(figure, "svg .gtitle", "fill")
+    for _ in range(3):
+        tab.locator(".theme-toggle-content .theme-toggle").click()
+        if tab.evaluate("document.body.dataset.theme") == "dark":
+            break
+    tab.wait_for_timeout(500)
+    assert brightness(figure, "svg .gtitle", "fill") > light + 80
+
+
+@pytest.mark.parametrize("how", ["served", "as files"])
+def test_the_search_finds_a_name(opened, site, how):
+    base = {} if how == "served" else {"base": f"file://{site}/"}
+    tab = opened("index.html", **base)
+    tab.locator(".sidebar-search").fill("cknna_by_layer")
+    tab.keyboard.press("Enter")
+    result = tab.locator("#search-results a", has_text="analysis.cknna > cknna_by_layer").first
+    result.wait_for()
+    keep(tab, f"search_{how.replace(' ', '_')}")
+    result.click()
+    tab.locator("h3", has_text="cknna_by_layer").wait_for()
+    assert urlparse(tab.url).path.endswith("/lib/analysis.cknna.html")
+
+
+def test_formulas_are_drawn_in_the_font_for_them(opened):
+    tab = opened("explanations/methods.html")
+    assert tab.evaluate("document.fonts.load('16px \"STIX Two Math\"').then(found => found.length)") == 1
+    sizes = tab.locator("math[display=block]").evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect()).map(box => [box.width, box.height])")
+    assert len(sizes) >= 4 and all(width > 60 and height > 15 for width, height in sizes)
+    fraction = tab.locator("math[display=block] mfrac").first.bounding_box()
+    assert fraction["height"] > 25
+
+
+def test_the_source_of_a_definition_unfolds(opened):
+    tab = opened("lib/objectives.viral.html")
+    source = tab.locator("details.hide").first
+    assert not source.locator("pre").is_visible()
+    source.locator("summary").click()
+    assert "def minus_cosine" in source.locator("pre").inner_text()
+    keep(tab, "source_unfolded")
