@@ -198,15 +198,17 @@ def lens_figure(
         figure.update_yaxes(title_text=escaped(model), row=row, col=1)
     return on_patches(figure, rows, columns)
 
-# %% ../../nbs/lib/76_analysis.lens.ipynb #35ffaf1d
+# %% ../../nbs/lib/76_analysis.lens.ipynb #631d0cc6
 def on_patches(
     figure,  # of plotly, with pictures or heat maps of grids in its panels
     rows: int,  # of the grids
     columns: int,
+    row: int | None = None,  # only this row of panels
 ):
     "The figure with axes that fit grids of patches: first row at the top, square patches, nothing written beside them but titles."
-    figure.update_xaxes(visible=False, range=[-0.5, columns - 0.5], constrain="domain")
-    figure.update_yaxes(range=[rows - 0.5, -0.5], showticklabels=False, ticks="", showline=False, constrain="domain")
-    for axis in figure.select_yaxes():
+    bare = {"showticklabels": False, "ticks": "", "showline": False, "zeroline": False, "showgrid": False, "constrain": "domain"}
+    figure.update_xaxes(range=[-0.5, columns - 0.5], row=row, **bare)
+    figure.update_yaxes(range=[rows - 0.5, -0.5], row=row, **bare)
+    for axis in figure.select_yaxes(row=row):
         axis.update(scaleanchor=axis.anchor, scaleratio=1)
     return figure.update_layout(margin={"t": 110, "b": 20})
