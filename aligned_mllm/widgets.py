@@ -423,7 +423,7 @@ def spoken_html(
             f"nearest words (cosine): {near}<br>what each layer would say here (0: input):"
             f"<table style='border-collapse:collapse;font-size:12px'><tr>{head}</tr>{''.join(lines)}</table></div>")  # fmt: skip
 
-# %% ../nbs/lib/81_widgets.ipynb #7c29bf13
+# %% ../nbs/lib/81_widgets.ipynb #4ddf936c
 class Work:
     "Runs one piece of work at a time in a thread of its own, controls disabled; a failure becomes a message."
 
@@ -451,7 +451,7 @@ class Work:
         try:
             self.enable(False)
             self.say(doing)
-            said = function(*arguments) or ""
+            said = str(function(*arguments) or "")
         except Exception as error:  # whatever it is, the page must say it and go on
             said, failed = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", True
         finally:
