@@ -423,16 +423,16 @@ def spoken_html(
             f"nearest words (cosine): {near}<br>what each layer would say here (0: input):"
             f"<table style='border-collapse:collapse;font-size:12px'><tr>{head}</tr>{''.join(lines)}</table></div>")  # fmt: skip
 
-# %% ../nbs/lib/81_widgets.ipynb #4ddf936c
+# %% ../nbs/lib/81_widgets.ipynb #c19333b8
 class Work:
-    "Runs one piece of work at a time in a thread of its own, controls disabled; a failure becomes a message."
+    "Runs one piece of work at a time beside the kernel's thread, controls disabled; a failure becomes a message."
 
     def __init__(
         self,
         controls: Callable[[], Sequence[widgets.Widget]],  # what is disabled meanwhile
     ):
-        self.controls, self.message, self.thread, self.busy = controls, widgets.HTML(), None, threading.Lock()
-        self.message.add_class("aligned-message")
+        self.controls, self.message = controls, widgets.HTML().add_class("aligned-message")
+        self.lock, self.thread, self.wish, self.busy = threading.Lock(), None, None, False
 
     def say(self, text: str, failed: bool = False) -> None:
         "Show a text, escaped."
@@ -440,24 +440,27 @@ class Work:
         self.message.value = f"<div style='{style};line-height:1.4;overflow-wrap:anywhere'>{escape(text)}</div>" if text else ""
 
     def start(self, doing: str, function: Callable, *arguments) -> None:
-        "Begin; nothing happens while other work goes on."
-        if self.busy.acquire(blocking=False):
-            self.thread = threading.Thread(target=self.run, args=(doing, function, *arguments), daemon=True)
-            self.thread.start()
+        "Begin; while other work goes on, the latest wish waits for its end."
+        with self.lock:
+            self.wish = (doing, partial(function, *arguments))
+            if not self.busy:
+                self.busy, self.thread = True, threading.Thread(target=self.run, daemon=True)
+                self.thread.start()
 
-    def run(self, doing: str, function: Callable, *arguments) -> None:
-        "What the thread does."
-        said, failed = "", False
-        try:
+    def run(self) -> None:
+        "What the thread does, until no wish is left."
+        while self.busy:
+            (doing, function), self.wish = self.wish, None
             self.enable(False)
             self.say(doing)
-            said = str(function(*arguments) or "")
-        except Exception as error:  # whatever it is, the page must say it and go on
-            said, failed = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", True
-        finally:
+            try:
+                told = str(function() or ""), False
+            except Exception as error:  # whatever it is, the page must say it and go on
+                told = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", True
             self.enable(True)
-            self.say(said, failed)
-            self.busy.release()
+            self.say(*told)
+            with self.lock:
+                self.busy = self.wish is not None
 
     def enable(self, wanted: bool) -> None:
         "Enable or disable the controls."

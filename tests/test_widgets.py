@@ -201,10 +201,11 @@ def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeyp
 def test_controls_are_disabled_while_something_goes_on():
     button, seen = SimpleNamespace(disabled=False), []
     work = Work(lambda: [button])
-    work.start("busy ...", lambda: seen.append(button.disabled) or time.sleep(0.2))
-    work.start("more ...", seen.append, "a second piece of work")
+    work.start("busy ...", lambda: time.sleep(0.2) or seen.append(button.disabled))
+    work.start("dropped, as another wish comes ...", seen.append, "the second")
+    work.start("later ...", lambda: seen.append("the last"))
     work.thread.join()
-    assert seen == [True] and button.disabled is False
+    assert seen == [True, "the last"] and button.disabled is False
 
 
 def test_without_any_run_there_is_the_embedded_model(tmp_path):
@@ -377,12 +378,13 @@ def test_ask_as_an_application(browser, voila):
     window.page.close()
 
 
-def test_compare_as_an_application(browser, voila):
+def test_compare_as_an_application(browser, voila, session):
     window = Window(browser, "compare")
     window.page.goto(f"{voila}/voila/render/compare.ipynb?token=only-here")
     window.says("Choose a question")
     lines = window.page.locator(".widget-select option").count()
-    assert lines == 7 and "7 of 20 answers differ" in window.page.text_content("body")
+    table, said = widgets.differing(widgets.both_answers(session, ["toy/first", "toy/second"]))
+    assert lines == len(table) and said in window.page.text_content("body")
     window.choose("type", "count")
     window.page.wait_for_function("lines => document.querySelectorAll('.widget-select option').length < lines", arg=lines)
     window.press("Look inside")
