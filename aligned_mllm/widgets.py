@@ -325,10 +325,10 @@ def picture_source(
     image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS).save(content, "PNG")
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
-# %% ../nbs/lib/81_widgets.ipynb #1e12cd5e
+# %% ../nbs/lib/81_widgets.ipynb #1cab6a8b
 def picture_layout(
     image: Image.Image,
-    width: int = 320,  # of the picture on the page, in pixels
+    width: int = 300,  # of the picture on the page, in pixels
 ) -> dict:
     "The layout of a figure that shows a picture behind its traces, in the picture's own pixels; room for a scale at the right."
     height = round(width * min(max(image.height / image.width, 0.3), 1.5))
@@ -337,7 +337,7 @@ def picture_layout(
         "images": [{"source": picture_source(image), "xref": "x", "yref": "y", "x": 0, "y": 0, "sizex": image.width, "sizey": image.height,
                     "sizing": "stretch", "layer": "below"}],
         "xaxis": axis | {"range": [0, image.width]}, "yaxis": axis | {"range": [image.height, 0], "scaleanchor": "x"},
-        "margin": {"l": 2, "r": 78, "t": 52, "b": 4}, "width": width + 80, "height": height + 56, "plot_bgcolor": "white", "dragmode": False,
+        "margin": {"l": 2, "r": 76, "t": 52, "b": 4}, "width": width + 78, "height": height + 56, "plot_bgcolor": "white", "dragmode": False,
         "font": {"family": "system-ui, Segoe UI, Helvetica, Arial, sans-serif", "size": 13, "color": "#222"},
         "title": {"text": "", "font_size": 14, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 18}},
     }  # fmt: skip
@@ -423,14 +423,11 @@ def spoken_html(
             f"nearest words (cosine): {near}<br>what each layer would say here (0: input):"
             f"<table style='border-collapse:collapse;font-size:12px'><tr>{head}</tr>{''.join(lines)}</table></div>")  # fmt: skip
 
-# %% ../nbs/lib/81_widgets.ipynb #c19333b8
+# %% ../nbs/lib/81_widgets.ipynb #f9c2b796
 class Work:
     "Runs one piece of work at a time beside the kernel's thread, controls disabled; a failure becomes a message."
 
-    def __init__(
-        self,
-        controls: Callable[[], Sequence[widgets.Widget]],  # what is disabled meanwhile
-    ):
+    def __init__(self, controls: Callable[[], Sequence[widgets.Widget]]):  # what is disabled meanwhile
         self.controls, self.message = controls, widgets.HTML().add_class("aligned-message")
         self.lock, self.thread, self.wish, self.busy = threading.Lock(), None, None, False
 
@@ -566,7 +563,7 @@ def patch_frame(
     x, y = place["x0"] + (column - 0.5) * place["dx"], place["y0"] + (row - 0.5) * place["dy"]
     return [{"type": "rect", "x0": x, "y0": y, "x1": x + place["dx"], "y1": y + place["dy"], "line": {"color": "#D55E00", "width": 3}}]
 
-# %% ../nbs/lib/81_widgets.ipynb #be9ca3ef
+# %% ../nbs/lib/81_widgets.ipynb #e244aadf
 class Panel(widgets.VBox):
     "One checkpoint's column: name, answer, picture, and what a clicked patch says."
 
@@ -578,7 +575,7 @@ class Panel(widgets.VBox):
         self.name, self.on_token, self.asked, self.spoken = "", on_token, None, None
         self.heading, self.said, self.patch = widgets.HTML(), widgets.HBox(layout={"flex_flow": "row wrap"}), widgets.HTML()
         self.overlay = Overlay(lambda patch: on_patch(self, patch))
-        super().__init__([self.heading, self.said, self.overlay, self.patch], layout={"width": "425px", "max_width": "100%", "margin": "6px 12px 6px 0"})
+        super().__init__([self.heading, self.said, self.overlay, self.patch], layout={"width": "400px", "max_width": "100%", "margin": "6px 12px 6px 0"})
         self.add_class("aligned-panel")
 
     def begin(self, name: str, note: str = "") -> None:

@@ -250,10 +250,11 @@ def browser():
 
 @pytest.fixture(scope="module")
 def lab(runs, browser, tmp_path_factory):
-    port = free_port()
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={ROOT / 'nbs'}"]
+    folder, port = tmp_path_factory.mktemp("lab"), free_port()
+    shutil.copytree(ROOT / "nbs" / "apps", folder / "nbs" / "apps")  # JupyterLab saves what it shows
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder / 'nbs'}"]
     address = f"http://127.0.0.1:{port}"
-    with served([COMMANDS / "jupyter", "lab", *options], f"{address}/api", tmp_path_factory.mktemp("lab"), JUPYTER_TOKEN="only-here", ALIGNED_MLLM_RUNS=str(runs)):
+    with served([COMMANDS / "jupyter", "lab", *options], f"{address}/api", folder, JUPYTER_TOKEN="only-here", ALIGNED_MLLM_RUNS=str(runs)):
         yield address
 
 
