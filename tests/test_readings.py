@@ -37,7 +37,7 @@ def test_at_the_last_layer_the_lens_is_the_models_own_prediction(family):
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3", "paligemma", "gemma3"])
 def test_nearest_words_of_what_the_projector_made(family):
-    subject = subject_of(family)
+    subject = subject_of(family, wrapped=family == "llava")
     batch = subject.batch([photo(0, SIZES[0])])
     pictures = {name: value for name, value in model_inputs(batch).items() if not name.startswith(("input_ids", "attention", "token_type", "mm_token"))}
     with torch.no_grad():

@@ -22,7 +22,7 @@ from ..evals.statistics import require_columns
 from ..figures import blank_figure, escaped
 from ..models.taps import Taps, decoder_layers
 
-# %% ../../nbs/lib/76_analysis.lens.ipynb #3632ed18
+# %% ../../nbs/lib/76_analysis.lens.ipynb #eba3281a
 def readout(
     model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
 ) -> tuple[nn.Module, nn.Module, float | None]:
@@ -33,7 +33,8 @@ def readout(
     decoder_layers(inner)
     norm, head = getattr(inner.get_decoder(), "norm", None), inner.get_output_embeddings()
     if norm is None or head is None:
-        raise InputError(f"{type(inner).__name__} with norm {norm} and head {head}", "a decoder with `norm`, and output embeddings", "name the architecture in an issue")
+        raise InputError(f"{type(inner).__name__} with norm {norm} and head {head}", "a decoder with `norm`, and output embeddings",
+                         "name the architecture in an issue")  # fmt: skip
     return norm, head, getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
 
 # %% ../../nbs/lib/76_analysis.lens.ipynb #ac04e437
@@ -146,7 +147,7 @@ def picture_trace(
     across, down = columns / picture.width, rows / picture.height
     return go.Image(z=np.asarray(picture), x0=(across - 1) / 2, dx=across, y0=(down - 1) / 2, dy=down, hoverinfo="skip")
 
-# %% ../../nbs/lib/76_analysis.lens.ipynb #6e803e4d
+# %% ../../nbs/lib/76_analysis.lens.ipynb #946091e2
 def words_on_grid(
     words: pd.DataFrame,  # of one model, layer and view: patch, rank, token and the score
     rows: int,
@@ -162,11 +163,11 @@ def words_on_grid(
         raise InputError(f"{len(best)} best words for {rows} x {columns} patches", "one for each", "pass a table that was read from this picture")
     lines = [f"{escaped(token)} {value:.2f}" for token, value in zip(words.token, words[score])]
     told = pd.Series(lines).groupby(words.patch.to_numpy()).agg("<br>".join).to_numpy().reshape(rows, columns)
-    short = [token.strip() if len(token.strip()) <= 8 else token.strip()[:6] + "…" for token in best.token]
+    short = [token.strip() if len(token.strip()) <= 8 else token.strip()[:5] + "…" for token in best.token]
     text = np.array([escaped(token) for token in short] if max(rows, columns) <= 12 else [""] * len(best), dtype=object).reshape(rows, columns)
     return go.Heatmap(z=best[score].to_numpy().round(3).reshape(rows, columns), text=text, texttemplate="%{text}", customdata=told,
                       hovertemplate="%{customdata}<extra></extra>", colorscale=[[0, "#ffffff"], [1, "#56B4E9"]], zmin=0, zmax=1,
-                      opacity=0.75, showscale=False, textfont={"size": 9, "color": "#000"})  # fmt: skip
+                      opacity=0.75, showscale=False, textfont={"size": 8, "color": "#000"})  # fmt: skip
 
 # %% ../../nbs/lib/76_analysis.lens.ipynb #6546b6e0
 def lens_figure(

@@ -22,12 +22,12 @@ from ..evals.statistics import require_columns
 from ..figures import blank_figure, escaped
 from ..models.taps import Taps, decoder_layers
 
-# %% ../../nbs/lib/77_analysis.pca.ipynb #6c0fb577
+# %% ../../nbs/lib/77_analysis.pca.ipynb #b4066cf0
 def principal_directions(
     tokens: Tensor,  # (n, D)
     count: int = 3,  # directions wanted
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "(mean (D,), directions (count, D) of unit length, shares of variance (count,)), strongest first, in float64. Raises InputError for too few or equal tokens."
+    "(mean (D,), directions (count, D) of unit length, shares of variance (count,)), strongest first. Raises InputError for too few or equal tokens."
     from scipy.linalg import eigh
 
     tokens = tokens.detach().double().cpu()
@@ -53,7 +53,7 @@ def component_colours(
     lower, middle, upper = torch.quantile((components if like is None else like).double(), torch.tensor([0.25, 0.5, 0.75]).double(), dim=0)
     return (((components.double() - middle) / (upper - lower + 1e-6)).tanh().add(1).mul(127.5)).round().to(torch.uint8)
 
-# %% ../../nbs/lib/77_analysis.pca.ipynb #5a64ba84
+# %% ../../nbs/lib/77_analysis.pca.ipynb #e9179d62
 def pca_pictures(
     states: dict[Hashable, Tensor],  # {layer, or (model, layer): (V, D) or (I, N, D)}
     grids: Tensor,  # (W, 2) rows and columns of the views
@@ -62,7 +62,8 @@ def pca_pictures(
     unit: bool = False,  # True scales each token to length 1 first
     centred: bool = False,  # True then takes off each entry's own mean: for a shared basis
 ) -> tuple[dict[Hashable, list[np.ndarray]], pd.DataFrame]:
-    "RGB pictures {entry: W arrays (rows, columns, 3) uint8}, and the shares of variance: entry, picture (-1 in a shared basis), component, share. Raises InputError."
+    """RGB pictures {entry: W arrays (rows, columns, 3) uint8}, and the shares of variance: entry, picture (-1 in a shared basis), component, share. Raises
+    InputError for tokens that do not fit the grids, and for a shared basis of states that differ in width."""
     flat = {entry: value.detach().reshape(-1, value.shape[-1]).double().cpu() for entry, value in states.items()}
     flat = {entry: torch.nn.functional.normalize(value, dim=-1) if unit else value for entry, value in flat.items()}
     flat = {entry: value - value.mean(0) if centred else value for entry, value in flat.items()}
@@ -73,7 +74,8 @@ def pca_pictures(
     if shared and len(widths) > 1:
         raise InputError(f"states of widths {sorted(widths)} in one basis", "one width", "use shared=False, or models of one width")
     pictures = (torch.arange(len(grids)) if view_of is None else view_of.cpu()).repeat_interleave(counts)
-    groups = [(list(flat), torch.ones_like(pictures).bool(), -1)] if shared else [([entry], pictures == at, int(at)) for entry in flat for at in pictures.unique()]
+    alone = [([entry], pictures == at, int(at)) for entry in flat for at in pictures.unique()]
+    groups = [(list(flat), torch.ones_like(pictures).bool(), -1)] if shared else alone
     colours, rows = {entry: torch.zeros(len(pictures), 3, dtype=torch.uint8) for entry in flat}, []
     for entries, mine, picture in groups:
         tokens = torch.cat([flat[entry][mine] for entry in entries])
@@ -138,7 +140,7 @@ def pca_table(
             parts.append(pd.DataFrame({**place, **colours, "share": share, "basis": "shared" if shared else "own"}))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/lib/77_analysis.pca.ipynb #8179520a
+# %% ../../nbs/lib/77_analysis.pca.ipynb #02f0baa1
 def pca_figure(
     table: pd.DataFrame,  # from `pca_table`
     images: Sequence[Image.Image],  # the same pictures
@@ -149,7 +151,8 @@ def pca_figure(
     "PCA pictures, models in rows, layers in columns, the picture at the left, as a plotly figure. Raises InputError for a wrong table or view."
     require_columns(table, ("model", "layer", "image", "view", "row", "column", "red", "green", "blue", "share", "basis"), "colours")
     if view not in set(table["view"]) or not set(table.image) <= set(range(len(images))):
-        raise InputError(f"view {view} of {len(images)} pictures", f"views {sorted(set(table['view']))}, pictures {sorted(set(table.image))}", "choose among these")
+        raise InputError(f"view {view} of {len(images)} pictures", f"views {sorted(set(table['view']))}, pictures {sorted(set(table.image))}",
+                         "choose among these")  # fmt: skip
     table, found = table[table["view"] == view], sorted(table.layer.unique())
     layers = list(layers) if layers is not None else sorted({found[round(part * (len(found) - 1) / 4)] for part in range(5)})
     rows = [(model, image) for model in table.model.unique() for image in sorted(table.image.unique())]
