@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment quick lab docs test tests-long tests-short browser clean
+.PHONY: help setup experiment quick lab app docs test tests-long tests-short browser clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ quick: .venv/ready  ## the same in a minute, too short to mean anything
 
 lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARGS="--port 9999 --allow-root", ...)
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(ARGS)
+
+app: .venv/ready  ## ask a checkpoint, compare two runs: widgets in a browser window, on this machine only (ARGS="--port 9999 --runs folder")
+	$(BIN)/python -m aligned_mllm.apps $(ARGS)
 
 docs: .venv/ready  ## build the documentation: _docs/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "nbs" / "lib").glob("*.ipynb"))
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 MODULES = [path for path in sorted((ROOT / "aligned_mllm").rglob("*.py")) if path.name not in ("__init__.py", "_modidx.py")]
 COMMANDS = Path(sys.executable).parent
 

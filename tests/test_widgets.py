@@ -1,0 +1,416 @@
+"""Widgets: what they compute, against references; what they refuse; and, in a real browser, what changes in the page when one asks, clicks and slides."""
+
+import json
+import shutil
+import statistics
+import sys
+import time
+import urllib.error
+import urllib.request
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from browser import ARTEFACTS, COMMANDS, ROOT, chromium, free_port, keep, served
+from PIL import Image
+from tiny_models import FAMILIES, tiny
+
+from aligned_mllm import apps, widgets
+from aligned_mllm.analysis.subjects import Subject
+from aligned_mllm.core import InputError, save_json
+from aligned_mllm.data.collate import model_inputs
+from aligned_mllm.data.records import Records
+from aligned_mllm.data.scenes import Sizes, write_scenes
+from aligned_mllm.models.parts import embedded_model
+from aligned_mllm.widgets import EMBEDDED, Ask, Compare, Known, Look, Picture, Session, Spoken, Token, Work
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, parts) -> Path:
+    "Two scored runs of untrained models, and the data they were scored on."
+    root = tmp_path_factory.mktemp("widgets") / "runs"
+    data = write_scenes(root / "data", 0, Sizes(train=2, captions=2, validation=2, test=4))
+    records = Records(data / "test.jsonl")
+    for seed, name in enumerate(("toy/first", "toy/second")):
+        model, processor = embedded_model(parts, seed=seed)
+        model.save_pretrained(root / name / "model")
+        processor.save_pretrained(root / name / "model")
+        for file, content in (("done", {}), ("config", {"data": "runs/data", "with_images": True}), ("scores", {"records": "test.jsonl"})):
+            save_json(content, root / name / f"{file}.json")
+        rows = []
+        for index, record in enumerate(records):
+            turn, wrong = record.turns[-1], seed and index % 3 == 0
+            rows.append({"id": record.id, "category": turn.category, "question": turn.question, "expected": turn.answer,
+                         "answer": "nonsense" if wrong else turn.answer, "correct": not wrong})  # fmt: skip
+        pd.DataFrame(rows).to_json(root / name / "answers.jsonl", orient="records", lines=True)
+        curve = [(step, "loss", 2 / (1 + seed + step)) for step in range(5)]
+        pd.DataFrame(curve, columns=["step", "name", "value"]).to_csv(root / name / "curves.csv", index=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def session(runs) -> Session:
+    return Session(runs)
+
+
+@pytest.fixture(scope="module")
+def asked(session):
+    return widgets.ask(session.subject("toy/first"), widgets.drawn(3), "count red circle", max_new_tokens=4)
+
+
+# what is computed
+
+
+def test_probabilities_are_those_of_a_plain_pass(session, asked):
+    model = session.subject("toy/first").model
+    with torch.no_grad():
+        logits = model(**model_inputs(asked.batch), use_cache=False).logits[0].float()
+    for place, token in enumerate(asked.tokens):
+        expected = logits[asked.prompt + place - 1].softmax(-1)
+        assert token.id == int(expected.argmax()) and token.probability == pytest.approx(float(expected.max()), abs=1e-4)
+    assert asked.batch["input_ids"][0, asked.prompt :].tolist() == [token.id for token in asked.tokens]
+
+
+def test_where_a_token_looked_is_eagers_row_of_the_position_before_it(session, asked):
+    subject = session.subject("toy/first")
+    subject.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = subject.model(**model_inputs(asked.batch), output_attentions=True, use_cache=False).attentions
+    subject.model.set_attn_implementation("sdpa")
+    for index in (0, 2):
+        expected = torch.stack([layer[0, :, asked.prompt + index - 1][:, asked.batch["visual_mask"][0]] for layer in attentions])
+        weights = widgets.looked(subject, asked, index)
+        assert torch.allclose(weights, expected, atol=1e-4)
+    look = Look(asked.tokens[2], weights, layer=2, head=3)
+    assert np.allclose(look.percent(asked.views[0]), 100 * expected[1, 2].reshape(5, 5), atol=0.01)
+    assert np.allclose(Look(asked.tokens[2], weights, layer=2).percent(asked.views[0]), 100 * expected[1].mean(0).reshape(5, 5), atol=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_asked_and_looked_at(family):
+    subject = Subject(family, *tiny(family))
+    picture = Picture(Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)), "noise")
+    heard = []
+    asked = widgets.ask(subject, picture, "what is here ?", heard.append, max_new_tokens=2)
+    visual = int(asked.batch["visual_mask"].sum())
+    weights = widgets.looked(subject, asked, len(heard) - 1)
+    assert tuple(heard) == asked.tokens and weights.shape[-1] == visual == sum(rows * columns for _, rows, columns, _ in asked.views)
+    figure = widgets.overlay_figure(picture.image, asked.views[-1], Look(heard[-1], weights))
+    assert figure.data[0].z.shape == asked.views[-1][1:3]
+
+
+def test_a_patch_is_drawn_where_its_view_lies():
+    view = (4, 2, 3, (0.25, 0.5, 1.0, 1.0))  # four tokens before it, 2 x 3 patches of the picture's lower right
+    (frame,) = widgets.patch_frame(Image.new("RGB", (80, 40)), view, 4 + 5)
+    assert [frame[name] for name in ("x0", "x1", "y0", "y1")] == [60, 80, 30, 40]
+    assert widgets.patch_frame(Image.new("RGB", (80, 40)), view, 3) == [] == widgets.patch_frame(Image.new("RGB", (80, 40)), view, 10)
+
+
+def test_differing_answers_are_counted_as_by_hand(session, runs):
+    answers = widgets.both_answers(session, ["toy/first", "toy/second"])
+    lines = [[json.loads(line) for line in (runs / name / "answers.jsonl").read_text().splitlines()] for name in ("toy/first", "toy/second")]
+    for category in (widgets.EVERY, "count", "where"):
+        table, said = widgets.differing(answers, category)
+        expected = [index for index, (one, two) in enumerate(zip(*lines))
+                    if one["answer"] != two["answer"] and category in (widgets.EVERY, one["category"])]  # fmt: skip
+        assert table.record.tolist() == expected and said.startswith(f"{len(expected)} of ") and f"first is right in {len(expected)}" in said
+
+
+def test_answers_to_other_questions_are_refused(runs, tmp_path):
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    lines = (copy / "toy" / "second" / "answers.jsonl").read_text().splitlines()
+    (copy / "toy" / "second" / "answers.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(InputError, match="different questions"):
+        widgets.both_answers(Session(copy), ["toy/first", "toy/second"])
+
+
+# what is refused
+
+
+def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    outside = shutil.copytree(runs / "toy" / "first", tmp_path / "outside" / "run")
+    (copy / "linked").symlink_to(outside)
+    save_json({"data": str(runs / "data")}, copy / "toy" / "first" / "config.json")
+    save_json({"data": "runs/data"}, copy / "toy" / "second" / "config.json")
+    save_json({"records": "../../outside/secret.jsonl"}, copy / "toy" / "second" / "scores.json")
+    session = Session(copy)
+    assert session.names == ["toy/first", "toy/second", EMBEDDED]
+    for name in ("../outside/run", str(outside), "linked", EMBEDDED):
+        with pytest.raises(InputError, match="no run in"):
+            session.records(name)
+    for name in ("toy/first", "toy/second"):
+        with pytest.raises(InputError, match="leads out of"):
+            session.records(name)
+
+
+def test_uploads_pass_the_check_of_every_picture():
+    def file(kind, size=(6, 4), **settings):
+        content = BytesIO()
+        Image.new("RGB", size).save(content, kind, **settings)
+        return content.getvalue()
+
+    assert widgets.uploaded("good.png", file("PNG")).image.size == (6, 4)
+    for content, words in ((b"", "not in a format"), (b"<svg/>", "not in a format"), (file("PNG")[:40], "good.png"), (file("ICO"), "not in a format"),
+                           (file("PNG", (6000, 5000)), "the limit is"), (bytes(11 * 2**20), "at most 10 MiB")):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            widgets.uploaded("good.png", content)
+        assert words in str(caught.value) and "/tmp" not in str(caught.value)
+
+
+def test_no_text_of_a_model_or_a_file_is_read_as_a_page(session, asked):
+    words = pd.DataFrame([(0, 1, HOSTILE, 0.5)], columns=["patch", "rank", "token", "cosine"])
+    lens = pd.DataFrame([(0, 0, 1, HOSTILE, 0.5)], columns=["layer", "patch", "rank", "token", "probability"])
+    panel = widgets.Panel(print, print)
+    panel.begin(HOSTILE, HOSTILE)
+    work = Work(lambda: [])
+    work.say(HOSTILE)
+    title = Look(Token(1, HOSTILE, 0.5), torch.ones(1, 1, 1)).title
+    for page in (widgets.spoken_html(Spoken(words, lens), 0, [(0, 1, 1, ())]), panel.heading.value, work.message.value, title):
+        assert "<img" not in page and "&lt;img" in page
+
+
+def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeypatch):
+    app = Ask(session)
+    app.work.thread.join()
+    app.second.value = "toy/second"
+    app.work.thread.join()
+
+    def broken(*arguments, **settings):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(session.subject("toy/second").model, "generate", broken)
+    app.button.click()
+    app.work.thread.join()
+    first, second = app.pair.panels
+    assert "RuntimeError: out of memory, say" in app.work.message.value and first.asked and not second.asked
+    assert not any(control.disabled for control in app.controls()) and len(app.pair.buttons()) == len(first.asked.tokens)
+    monkeypatch.undo()
+    app.button.click()
+    app.work.thread.join()
+    assert second.asked and "Click a token" in app.work.message.value
+
+
+def test_controls_are_disabled_while_something_goes_on():
+    button, seen = SimpleNamespace(disabled=False), []
+    work = Work(lambda: [button])
+    work.start("busy ...", lambda: time.sleep(0.2) or seen.append(button.disabled))
+    work.start("dropped, as another wish comes ...", seen.append, "the second")
+    work.start("later ...", lambda: seen.append("the last"))
+    work.thread.join()
+    assert seen == [True, "the last"] and button.disabled is False
+
+
+def test_without_any_run_there_is_the_embedded_model(tmp_path):
+    app, both = Ask(Session(tmp_path)), Compare(Session(tmp_path))
+    for work in (app.work, both.work):
+        work.thread.join()
+    assert app.first.value == EMBEDDED and "Ready" in app.work.message.value and "two different finished runs" in both.work.message.value
+    app.pair.begin([EMBEDDED])
+    assert "never trained" in app.pair.panels[0].heading.value
+
+
+def test_a_picture_of_a_runs_data_brings_its_questions(session):
+    app = Ask(session)
+    app.work.thread.join()
+    app.picker.source.value = "run"
+    app.work.thread.join()
+    expected = session.records("toy/first")[0].turns[0]
+    assert app.picker.chosen.known == (Known(app.question.value, expected.answer, expected.category),)
+
+
+def test_applications_are_stored_small_and_without_outputs():
+    for path in sorted((ROOT / "nbs" / "apps").glob("*.ipynb")):
+        assert path.stat().st_size < 5000 and not any(cell.get("outputs") for cell in nbformat.read(path, 4).cells)
+
+
+def test_the_applications_listen_on_this_machine_only(capsys):
+    command, _ = apps.voila_command(8866, browser=False)
+    assert [word for word in command if "ip=" in word] == ["--Voila.ip=127.0.0.1"] and "--Voila.auto_token=True" in command
+    with pytest.raises(SystemExit):
+        apps.main(["--ip", "0.0.0.0"])
+    assert "--ip" in capsys.readouterr().err
+
+
+# in a real browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def lab(runs, browser, tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp("lab"), free_port()
+    shutil.copytree(ROOT / "nbs" / "apps", folder / "nbs" / "apps")  # JupyterLab saves what it shows
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder / 'nbs'}"]
+    address = f"http://127.0.0.1:{port}"
+    with served([COMMANDS / "jupyter", "lab", *options], f"{address}/api", folder, JUPYTER_TOKEN="only-here", ALIGNED_MLLM_RUNS=str(runs)):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def voila(runs, browser, tmp_path_factory):
+    port = free_port()
+    command = [sys.executable, "-m", "aligned_mllm.apps", "--no-browser", "--port", str(port), "--runs", str(runs)]
+    with served(command, f"http://127.0.0.1:{port}/voila/", tmp_path_factory.mktemp("voila"), JUPYTER_TOKEN="only-here"):
+        yield f"http://127.0.0.1:{port}"
+
+
+class Window:
+    "A page with a widget in it, as a person uses it."
+
+    def __init__(self, browser, name: str):
+        self.page, self.name, self.problems, self.requests = browser.new_page(viewport={"width": 1280, "height": 800}), name, [], []
+        self.page.set_default_timeout(60_000)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+
+    def says(self, words: str) -> None:
+        "Wait until the widget's message has these words."
+        self.page.wait_for_function("words => [...document.querySelectorAll('.aligned-message')].some(e => e.textContent.includes(words))", arg=words)
+
+    def choose(self, label: str, option: str) -> None:
+        self.page.locator(".widget-dropdown", has=self.page.get_by_text(label, exact=True)).locator("select").select_option(label=option)
+
+    def press(self, label: str) -> None:
+        self.page.get_by_role("button", name=label, exact=True).click()
+
+    def panel(self, index: int):
+        return self.page.locator(".aligned-panel").nth(index)
+
+    def tokens(self, index: int) -> list[str]:
+        return self.panel(index).locator(".aligned-token").all_text_contents()
+
+    def drawn(self, index: int) -> str:
+        "The numbers under a panel's picture, as the page has drawn them."
+        return self.panel(index).locator(".js-plotly-plot").evaluate("figure => JSON.stringify(figure.calcdata[0][0].z)")
+
+    def slide(self, key: str) -> float:
+        "Press a key on the layer slider; milliseconds until the first panel's figure has been drawn anew."
+        self.page.locator(".widget-slider .noUi-handle").first.focus()
+        self.page.evaluate("""() => {
+            const figure = document.querySelector('.aligned-panel .js-plotly-plot'), before = JSON.stringify(figure.calcdata[0][0].z);
+            window.redrawn = new Promise(resolve => window.addEventListener('keydown', () => {
+                const start = performance.now();
+                const look = () => JSON.stringify(figure.calcdata[0][0].z) !== before ? requestAnimationFrame(() => resolve(performance.now() - start))
+                                   : performance.now() - start < 10000 ? setTimeout(look, 2) : resolve(Infinity);
+                look();
+            }, {capture: true, once: true}));
+        }""")
+        self.page.keyboard.press(key)
+        return self.page.evaluate("() => window.redrawn")
+
+
+def use_ask(window: Window, timings: dict) -> None:
+    "What a person does with Ask, and what must change in the page."
+    page = window.page
+    window.choose("and", "toy/second")
+    window.says("Ready")
+    window.press("Ask")
+    window.says("Click a token")
+    answers = [window.tokens(0), window.tokens(1)]
+    assert all(answers) and all("%" in text for answer in answers for text in answer) and answers[0] != answers[1]
+    keep(page, f"{window.name}_1_answered")
+    page.locator(".aligned-panel").first.scroll_into_view_if_needed()
+    assert "click a token" in window.panel(0).text_content() and set(json.loads(window.drawn(0))[0]) == {0}
+    window.panel(0).locator(".aligned-token").first.click()
+    page.wait_for_function("() => document.querySelector('.aligned-panel').textContent.includes('looked, in layer 1, mean of heads')")
+    before = window.drawn(0)
+    assert np.array(json.loads(before)).shape == (5, 5) and np.array(json.loads(before)).sum() > 0
+    keep(page, f"{window.name}_2_looked")
+    timings["slider_ms"] = [round(window.slide(key)) for key in ["ArrowRight"] * 5 + ["ArrowLeft"] * 3]
+    assert "looked, in layer 3" in window.panel(0).text_content() and window.drawn(0) != before
+    box = window.panel(0).locator(".nsewdrag").bounding_box()
+    page.mouse.click(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"])
+    page.wait_for_function("() => document.querySelectorAll('.aligned-patch').length === 2")
+    said = window.panel(0).locator(".aligned-patch").text_content()
+    assert "Patch 12 (row 3, column 2)" in said and "nearest words" in said and window.panel(0).locator(".aligned-patch tr").count() == 1 + 7
+    keep(page, f"{window.name}_3_patch")
+    window.choose("checkpoint", EMBEDDED)
+    window.says("Ready")
+    assert window.tokens(0) == [] and "never trained" in window.panel(0).text_content()
+    page.get_by_placeholder("what to ask").fill("")
+    window.press("Ask")
+    window.says("an empty question")
+    keep(page, f"{window.name}_4_failed")
+    page.get_by_placeholder("what to ask").fill("where blue circle")
+    window.press("Ask")
+    window.says("Click a token")
+    assert window.tokens(0) and window.tokens(0) != answers[0]
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    (ARTEFACTS / f"{window.name}_timings.json").write_text(json.dumps(timings))
+    assert min(timings["slider_ms"]) <= 200, timings  # the best of eight: other work on the machine is not the widget's
+    assert window.problems == [] and statistics.median(timings["slider_ms"]) < 2000
+
+
+def test_ask_in_jupyterlab(browser, lab):
+    window = Window(browser, "lab")
+    window.page.goto(f"{lab}/lab/tree/apps/ask.ipynb?token=only-here&reset")
+    window.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    window.page.wait_for_selector(r"text=/\| Idle/")
+    start = time.time()
+    window.page.get_by_role("menuitem", name="Run", exact=True).click()
+    window.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    window.says("Ready")
+    use_ask(window, {"ready_s": round(time.time() - start, 1)})
+    window.page.close()
+
+
+def test_ask_as_an_application(browser, voila):
+    window, start = Window(browser, "voila"), time.time()
+    window.page.goto(f"{voila}/voila/render/ask.ipynb?token=only-here")
+    window.says("Ready")
+    use_ask(window, {"ready_s": round(time.time() - start, 1)})
+    window.page.set_viewport_size({"width": 480, "height": 900})
+    window.page.wait_for_timeout(300)
+    keep(window.page, "voila_5_narrow")
+    assert window.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than a narrow window"
+    assert all(url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests), "a request left the machine"
+    window.page.close()
+
+
+def test_compare_as_an_application(browser, voila, session):
+    window = Window(browser, "compare")
+    window.page.goto(f"{voila}/voila/render/compare.ipynb?token=only-here")
+    window.says("Choose a question")
+    lines = window.page.locator(".widget-select option").count()
+    table, said = widgets.differing(widgets.both_answers(session, ["toy/first", "toy/second"]))
+    assert lines == len(table) and said in window.page.text_content("body")
+    window.choose("type", "count")
+    window.page.wait_for_function("lines => document.querySelectorAll('.widget-select option').length < lines", arg=lines)
+    window.press("Look inside")
+    window.says("the sliders move both")
+    window.page.wait_for_function("() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 1'))")
+    before = [window.drawn(0), window.drawn(1)]
+    window.slide("ArrowRight")
+    window.page.wait_for_function("() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 2'))")
+    assert window.drawn(0) != before[0] and window.drawn(1) != before[1]
+    keep(window.page, "compare_1")
+    window.page.get_by_text("Visual tokens as pictures").scroll_into_view_if_needed()
+    keep(window.page, "compare_2")
+    assert window.problems == []
+    window.page.close()
+
+
+def test_the_application_gives_nothing_away(voila):
+    "Neither a page without the token, nor a file, nor the list of notebooks to whoever has no token."
+    def status(path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"{voila}{path}", timeout=20) as answer:
+                return 403 if "/login" in answer.url else answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert status("/voila/render/ask.ipynb") == 403 and status("/voila/tree") == 403
+    for path in ("ask.ipynb", "voila/templates/offline/conf.json", "../lib/00_core.ipynb"):
+        assert status(f"/voila/files/{path}?token=only-here") in (403, 404)
