@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'CELL_OPTIONS', 'DRAWING', 'STYLE', 'ICON', 'pages', 'fin
            'with_sources', 'processed', 'linked', 'drawable', 'sphinx_page', 'front_page', 'formula', 'setup',
            'configuration', 'write_sources', 'write_assets', 'site', 'main']
 
-# %% ../nbs/lib/95_site.ipynb #bb2a3877
+# %% ../nbs/lib/95_site.ipynb #0fb38a7a
 import argparse
 import ast
 import contextlib
@@ -21,7 +21,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .core import InputError, whole_file
+from .core import InputError, command, whole_file
 
 # %% ../nbs/lib/95_site.ipynb #fa504d83
 SECTIONS = {  # folder below nbs: heading, pages that come first
@@ -419,7 +419,8 @@ def site(
     shutil.copytree(made, output)
     return output / "index.html"
 
-# %% ../nbs/lib/95_site.ipynb #fca8ec71
+# %% ../nbs/lib/95_site.ipynb #35766b7b
+@command
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
@@ -428,11 +429,7 @@ def main(
     parser.add_argument("--root", default=".", help="the repository")
     parser.add_argument("--output", default="_docs", help="folder of the site")
     options = parser.parse_args(arguments)
-    try:
-        print(site(Path(options.root), Path(options.output)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(site(Path(options.root), Path(options.output)))
     return 0
 
 # %% ../nbs/lib/95_site.ipynb #91b14ae4

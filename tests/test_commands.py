@@ -15,11 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8") for path in sorted((ROOT / "aligned_mllm").rglob("*.py"))}
 COMMANDS = [name for name, source in MODULES.items() if "__main__" in source or re.search(r"^def main\(", source, re.M)]
 BAD = {  # for each command words that argparse takes and the command must refuse; FILE stands for a file where a folder belongs
+    "aligned_mllm.apps": ["--runs", "FILE"],
     "aligned_mllm.benchmark": ["--device", "cpu", "--steps", "0"],
     "aligned_mllm.cli": ["experiment", "--seeds", "0"],
     "aligned_mllm.evals.task": ["--run", "FILE/nowhere", "--data", "FILE"],
     "aligned_mllm.launch": ["--output", "FILE"],
     "aligned_mllm.models.parts": ["--output", "FILE"],
+    "aligned_mllm.site": ["--root", "FILE/nowhere", "--output", "FILE"],
     "aligned_mllm.train": ["--recipe", "scenes_viral", "--data", "FILE", "--output", "FILE", "--set", "align_layers=many"],
 }
 
