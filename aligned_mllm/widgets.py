@@ -477,15 +477,12 @@ def answer_button(
     button.on_click(on_click)
     return button
 
-# %% ../nbs/lib/81_widgets.ipynb #38a990c7
+# %% ../nbs/lib/81_widgets.ipynb #34bf5d16
 class Overlay(widgets.VBox):
     "A picture with patches to click, darkened where a token did not look. Of a picture cut into several views, one is shown at a time."
 
-    def __init__(
-        self,
-        on_patch: Callable[[int], None],  # called with the number of a patch, from 0, among all visual tokens
-    ):
-        self.on_patch, self.asked, self.figure, self.look = on_patch, None, None, None
+    def __init__(self, on_patch: Callable[[int], None]):  # called with the number of a patch, from 0, among all visual tokens
+        self.on_patch, self.asked, self.figure, self.look, self.patch, self.drawn = on_patch, None, None, None, None, False
         self.part = widgets.Dropdown(description="part", layout={"width": "220px", "display": "none"})
         self.part.observe(lambda change: self.draw(), "value")
         super().__init__([self.part])
@@ -497,44 +494,46 @@ class Overlay(widgets.VBox):
 
     def begin(self, asked: Asked | None) -> None:
         "Show the picture of a question as it is; None empties the place."
-        self.asked, self.look, count = None, None, len(asked.views) if asked else 0
+        self.asked, self.look, self.patch, count = None, None, None, len(asked.views) if asked else 0
         self.part.options = [(f"{index + 1} of {count}", index) for index in range(count)]
         self.part.layout.display, self.asked = "" if count > 1 else "none", asked
         self.draw()
 
     def draw(self) -> None:
-        "A new figure, whole from the start: one that is changed before the page has drawn it stays empty there."
-        old, self.figure = self.figure, self.asked and overlay_widget(overlay_figure(self.asked.picture.image, self.view, self.look), self.view, self.on_patch)
+        "A new figure, whole from the start."
+        old, self.figure, self.drawn = self.figure, self.asked and overlay_widget(self), False
         self.children = (self.part, self.figure) if self.asked else (self.part,)
         if old is not None:
             old.close()
 
-    def show(self, look: Look) -> None:
-        "Where a token looked."
-        self.look = look
-        self.draw()
+    def change(self, **changes) -> None:
+        "Another `look` or framed `patch`: in the figure that is there, or, where the page has not drawn it yet and would lose the change, in a new one."
+        for name, value in changes.items():
+            setattr(self, name, value)
+        if not self.drawn:
+            return self.draw()
+        layout = {"title": {"text": self.look.title}} if self.look else {}
+        self.figure.layout.shapes = patch_frame(self.asked.picture.image, self.view, self.patch)
+        self.figure.update(data=[attention_data(self.asked.picture.image, self.view, self.look)], layout=layout)
 
-    def move(self, layer: int, head: int) -> None:
-        "The same token at another place of the sliders: new numbers in the figure that is there."
-        self.look = replace(self.look, layer=layer, head=head)
-        self.figure.update(data=[attention_data(self.asked.picture.image, self.view, self.look)], layout={"title": {"text": self.look.title}})
-
-# %% ../nbs/lib/81_widgets.ipynb #fdadff55
+# %% ../nbs/lib/81_widgets.ipynb #61020500
 def overlay_widget(
-    figure,  # from `overlay_figure`
-    view: tuple,  # one of `Asked.views`
-    on_patch: Callable[[int], None],  # called with the number of a clicked patch, from 0, among all visual tokens
+    overlay: Overlay,  # what is shown, and who is told of clicks
 ):
-    "The figure as a FigureWidget that reports clicks."
-    start, _, columns, _ = view
+    "Its figure as a FigureWidget that reports clicks, and when the page has drawn it."
+    image, view = overlay.asked.picture.image, overlay.view
+    widget = figure_widget(overlay_figure(image, view, overlay.look).update_layout(shapes=patch_frame(image, view, overlay.patch)))
 
     def clicked(trace, points, state) -> None:
         if points.point_inds:
             row, column = points.point_inds[0]
-            on_patch(start + int(row) * columns + int(column))
+            overlay.on_patch(view[0] + int(row) * view[2] + int(column))
 
-    widget = figure_widget(figure)
+    def drawn(change: dict) -> None:
+        overlay.drawn = overlay.drawn or overlay.figure is widget
+
     widget.data[0].on_click(clicked)
+    widget.observe(drawn, "_js2py_traceDeltas")  # what a page reports when it has drawn a figure
     return widget
 
 # %% ../nbs/lib/81_widgets.ipynb #c350e371
@@ -548,22 +547,22 @@ def figure_widget(
     widget._config = {"displayModeBar": False, "responsive": False}
     return widget
 
-# %% ../nbs/lib/81_widgets.ipynb #61de37f9
+# %% ../nbs/lib/81_widgets.ipynb #34e186f1
 def patch_frame(
     image: Image.Image,
     view: tuple,  # one of `Asked.views`
-    patch: int,  # from 0, among all visual tokens
+    patch: int | None,  # from 0, among all visual tokens
 ) -> list[dict]:
-    "The frame around a patch, as plotly's shapes; none where the view does not show it."
+    "The frame around a patch, as plotly's shapes; none where there is none, or the view does not show it."
     start, rows, columns, _ = view
-    row, column = divmod(patch - start, columns)
+    row, column = divmod((-1 if patch is None else patch) - start, columns)
     if not 0 <= row < rows:
         return []
     place = patch_places(image, view)
     x, y = place["x0"] + (column - 0.5) * place["dx"], place["y0"] + (row - 0.5) * place["dy"]
     return [{"type": "rect", "x0": x, "y0": y, "x1": x + place["dx"], "y1": y + place["dy"], "line": {"color": "#D55E00", "width": 3}}]
 
-# %% ../nbs/lib/81_widgets.ipynb #e244aadf
+# %% ../nbs/lib/81_widgets.ipynb #22ece47d
 class Panel(widgets.VBox):
     "One checkpoint's column: name, answer, picture, and what a clicked patch says."
 
@@ -602,10 +601,10 @@ class Panel(widgets.VBox):
 
     def tell(self, patch: int) -> None:
         "Frame a patch, and show what it says."
-        self.overlay.figure.layout.shapes = patch_frame(self.asked.picture.image, self.overlay.view, patch)
+        self.overlay.change(patch=patch)
         self.patch.value = spoken_html(self.spoken, patch, self.asked.views)
 
-# %% ../nbs/lib/81_widgets.ipynb #5a6fb09e
+# %% ../nbs/lib/81_widgets.ipynb #fa3db975
 class Pair(widgets.VBox):
     "Two checkpoints side by side, asked the same; sliders for layer and head."
 
@@ -638,7 +637,7 @@ class Pair(widgets.VBox):
         "A slider has moved: redraw."
         for panel in self.panels:
             if panel.overlay.look:
-                panel.overlay.move(self.layer.value, self.head.value)
+                panel.overlay.change(look=replace(panel.overlay.look, layer=self.layer.value, head=self.head.value))
 
 # %% ../nbs/lib/81_widgets.ipynb #f335c8f7
 def ask_pair(
@@ -679,7 +678,7 @@ def show_answer(
     panel.finish(asked)
     return len(decoder_layers(subject.model)), subject.model.config.get_text_config().num_attention_heads
 
-# %% ../nbs/lib/81_widgets.ipynb #e3e40c82
+# %% ../nbs/lib/81_widgets.ipynb #9fe682a4
 def look_at(
     pair: Pair,
     panel: Panel,  # whose token was clicked
@@ -689,7 +688,7 @@ def look_at(
     weights = looked(pair.session.subject(panel.name), panel.asked, index)
     pair.sliders.layout.display = ""
     panel.choose(index)
-    panel.overlay.show(Look(panel.asked.tokens[index], weights, pair.layer.value, pair.head.value))
+    panel.overlay.change(look=Look(panel.asked.tokens[index], weights, pair.layer.value, pair.head.value))
 
 # %% ../nbs/lib/81_widgets.ipynb #eb6d4496
 def read_patch(

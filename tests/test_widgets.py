@@ -275,6 +275,14 @@ class Window:
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind:
+            keep(self.page, f"{self.name}_broken")
+        self.page.close()
+
     def says(self, words: str) -> None:
         "Wait until the widget's message has these words."
         self.page.wait_for_function("words => [...document.querySelectorAll('.aligned-message')].some(e => e.textContent.includes(words))", arg=words)
@@ -299,10 +307,10 @@ class Window:
         "Press a key on the layer slider; milliseconds until the first panel's figure has been drawn anew."
         self.page.locator(".widget-slider .noUi-handle").first.focus()
         self.page.evaluate("""() => {
-            const figure = document.querySelector('.aligned-panel .js-plotly-plot'), before = JSON.stringify(figure.calcdata[0][0].z);
+            const drawn = () => JSON.stringify(document.querySelector('.aligned-panel .js-plotly-plot')?.calcdata?.[0]?.[0]?.z ?? null), before = drawn();
             window.redrawn = new Promise(resolve => window.addEventListener('keydown', () => {
                 const start = performance.now();
-                const look = () => JSON.stringify(figure.calcdata[0][0].z) !== before ? requestAnimationFrame(() => resolve(performance.now() - start))
+                const look = () => ![before, 'null'].includes(drawn()) ? requestAnimationFrame(() => resolve(performance.now() - start))
                                    : performance.now() - start < 10000 ? setTimeout(look, 2) : resolve(Infinity);
                 look();
             }, {capture: true, once: true}));
@@ -354,52 +362,50 @@ def use_ask(window: Window, timings: dict) -> None:
 
 
 def test_ask_in_jupyterlab(browser, lab):
-    window = Window(browser, "lab")
-    window.page.goto(f"{lab}/lab/tree/apps/ask.ipynb?token=only-here&reset")
-    window.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    window.page.wait_for_selector(r"text=/\| Idle/")
-    start = time.time()
-    window.page.get_by_role("menuitem", name="Run", exact=True).click()
-    window.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    window.says("Ready")
-    use_ask(window, {"ready_s": round(time.time() - start, 1)})
-    window.page.close()
+    with Window(browser, "lab") as window:
+        window.page.goto(f"{lab}/lab/tree/apps/ask.ipynb?token=only-here&reset")
+        window.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        window.page.wait_for_selector(r"text=/\| Idle/")
+        start = time.time()
+        window.page.get_by_role("menuitem", name="Run", exact=True).click()
+        window.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        window.says("Ready")
+        use_ask(window, {"ready_s": round(time.time() - start, 1)})
 
 
 def test_ask_as_an_application(browser, voila):
-    window, start = Window(browser, "voila"), time.time()
-    window.page.goto(f"{voila}/voila/render/ask.ipynb?token=only-here")
-    window.says("Ready")
-    use_ask(window, {"ready_s": round(time.time() - start, 1)})
-    window.page.set_viewport_size({"width": 480, "height": 900})
-    window.page.wait_for_timeout(300)
-    keep(window.page, "voila_5_narrow")
-    assert window.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than a narrow window"
-    assert all(url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests), "a request left the machine"
-    window.page.close()
+    with Window(browser, "voila") as window:
+        start = time.time()
+        window.page.goto(f"{voila}/voila/render/ask.ipynb?token=only-here")
+        window.says("Ready")
+        use_ask(window, {"ready_s": round(time.time() - start, 1)})
+        window.page.set_viewport_size({"width": 480, "height": 900})
+        window.page.wait_for_timeout(300)
+        keep(window.page, "voila_5_narrow")
+        assert window.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than a narrow window"
+        assert all(url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests), "a request left the machine"
 
 
 def test_compare_as_an_application(browser, voila, session):
-    window = Window(browser, "compare")
-    window.page.goto(f"{voila}/voila/render/compare.ipynb?token=only-here")
-    window.says("Choose a question")
-    lines = window.page.locator(".widget-select option").count()
-    table, said = widgets.differing(widgets.both_answers(session, ["toy/first", "toy/second"]))
-    assert lines == len(table) and said in window.page.text_content("body")
-    window.choose("type", "count")
-    window.page.wait_for_function("lines => document.querySelectorAll('.widget-select option').length < lines", arg=lines)
-    window.press("Look inside")
-    window.says("the sliders move both")
-    window.page.wait_for_function("() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 1'))")
-    before = [window.drawn(0), window.drawn(1)]
-    window.slide("ArrowRight")
-    window.page.wait_for_function("() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 2'))")
-    assert window.drawn(0) != before[0] and window.drawn(1) != before[1]
-    keep(window.page, "compare_1")
-    window.page.get_by_text("Visual tokens as pictures").scroll_into_view_if_needed()
-    keep(window.page, "compare_2")
-    assert window.problems == []
-    window.page.close()
+    with Window(browser, "compare") as window:
+        window.page.goto(f"{voila}/voila/render/compare.ipynb?token=only-here")
+        window.says("Choose a question")
+        lines = window.page.locator(".widget-select option").count()
+        table, said = widgets.differing(widgets.both_answers(session, ["toy/first", "toy/second"]))
+        assert lines == len(table) and said in window.page.text_content("body")
+        window.choose("type", "count")
+        window.page.wait_for_function("lines => document.querySelectorAll('.widget-select option').length < lines", arg=lines)
+        window.press("Look inside")
+        window.says("the sliders move both")
+        window.page.wait_for_function("() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 1'))")
+        before = [window.drawn(0), window.drawn(1)]
+        window.slide("ArrowRight")
+        window.page.wait_for_function("() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 2'))")
+        assert window.drawn(0) != before[0] and window.drawn(1) != before[1]
+        keep(window.page, "compare_1")
+        window.page.get_by_text("Visual tokens as pictures").scroll_into_view_if_needed()
+        keep(window.page, "compare_2")
+        assert window.problems == []
 
 
 def test_the_application_gives_nothing_away(voila):
