@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment quick lab app docs test tests-long tests-short browser clean
+.PHONY: help setup experiment quick lab app docs test tests-long tests-pages tests-short notebooks browser clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,14 +36,18 @@ docs: .venv/ready  ## build the documentation: _docs/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site
 
 test: .venv/ready browser docs  ## everything that must hold: documentation, notebooks, tests, export
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^tutorials$$'  # docs has executed these
-	$(MAKE) -j2 --no-print-directory tests-long tests-short
+	$(MAKE) -j2 --no-print-directory tests-long tests-pages tests-short notebooks
 
 LONG := tests/test_train.py tests/test_experiment.py tests/test_distributed.py
+PAGES := tests/test_widgets.py tests/test_site.py tests/test_export.py tests/test_features.py tests/test_cknna.py
 tests-long:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(LONG)
+tests-pages:
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(PAGES)
 tests-short:
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 tests $(LONG:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 tests $(LONG:%=--ignore=%) $(PAGES:%=--ignore=%)
+notebooks:
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^tutorials$$'  # docs has executed these
 
 browser: .venv/ready
 	@command -v chromium >/dev/null || $(BIN)/playwright install chromium || echo "No Chromium: the browser tests will be skipped"

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['apps_folder', 'voila_command', 'main']
 
-# %% ../nbs/lib/83_apps.ipynb #3aa91db9
+# %% ../nbs/lib/83_apps.ipynb #e1c24818
 import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from .core import InputError, data_folder
+from .core import InputError, command, data_folder
 
 # %% ../nbs/lib/83_apps.ipynb #41ded042
 def apps_folder() -> Path:
@@ -36,7 +36,8 @@ def voila_command(
     places = [str(folder), *filter(None, [os.environ.get("JUPYTER_PATH")])]
     return [sys.executable, "-m", "voila", str(folder), *options], {"JUPYTER_PATH": os.pathsep.join(places)}
 
-# %% ../nbs/lib/83_apps.ipynb #9b69878c
+# %% ../nbs/lib/83_apps.ipynb #d0b2c294
+@command
 def main(
     arguments: list[str] | None = None,  # the command line by default
 ) -> int:
@@ -46,18 +47,14 @@ def main(
     parser.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
     parser.add_argument("--runs", default="", help="the folder in which runs are looked for (default: ALIGNED_MLLM_RUNS, or runs/ of the repository)")
     options = parser.parse_args(arguments)
-    try:
-        if options.runs and not Path(options.runs).is_dir():
-            raise InputError(f"no folder {options.runs}", "a folder with runs in it", "correct --runs")
-        command, extra = voila_command(options.port, not options.no_browser)
-    except InputError as error:
-        print(f"aligned_mllm: {error}", file=sys.stderr)
-        return 2
+    if options.runs and not Path(options.runs).is_dir():
+        raise InputError(f"no folder {options.runs}", "a folder with runs in it", "correct --runs")
+    words, extra = voila_command(options.port, not options.no_browser)
     runs = {"ALIGNED_MLLM_RUNS": str(Path(options.runs).resolve())} if options.runs else {}
     environment = {**os.environ, **extra, **runs}
     if os.name == "nt":
-        return subprocess.run(command, env=environment).returncode
-    os.execve(command[0], command, environment)  # Ctrl-C and kill go straight to voila, which ends its kernels
+        return subprocess.run(words, env=environment).returncode
+    os.execve(words[0], words, environment)  # Ctrl-C and kill go straight to voila, which ends its kernels
 
 # %% ../nbs/lib/83_apps.ipynb #91b14ae4
 #| eval: false
