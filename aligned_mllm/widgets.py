@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'SOURCES', 'WIDE', 'EVERY', 'Known', 'Picture', 'drawn', 'uploaded', 'recorded', 'runs_in', 'Session',
-           'embedded_subject', 'caution', 'Token', 'Listener', 'Asked', 'with_answer', 'ask', 'looked', 'Look',
+           'quiet_subject', 'caution', 'Token', 'Listener', 'Asked', 'with_answer', 'ask', 'looked', 'Look',
            'picture_source', 'picture_layout', 'patch_places', 'attention_data', 'overlay_figure', 'Spoken', 'shade',
            'spoken_html', 'Work', 'answer_button', 'Overlay', 'overlay_widget', 'figure_widget', 'patch_frame', 'Panel',
            'Pair', 'ask_pair', 'answer_in', 'show_answer', 'look_at', 'read_patch', 'Picker', 'picture_from', 'Ask',
@@ -122,7 +122,7 @@ def runs_in(
     inside = [path for path in found if (path / "model" / "config.json").is_file() and path.resolve().is_relative_to(root)]
     return {path.relative_to(root).as_posix(): path for path in sorted(inside)}
 
-# %% ../nbs/lib/81_widgets.ipynb #ba2dce35
+# %% ../nbs/lib/81_widgets.ipynb #0fe3f717
 class Session:
     "Checkpoints by name and their data, each loaded when first asked for; at most `kept` models stay in memory."
 
@@ -145,7 +145,7 @@ class Session:
         "The checkpoint of that name. Raises InputError for an unknown one."
         with self.lock:
             if name not in self.loaded:
-                made = embedded_subject() if name == EMBEDDED else load_subject(self.run(name), name)
+                made = quiet_subject(name, None if name == EMBEDDED else self.run(name))
                 self.loaded = dict([*self.loaded.items(), (name, made)][-self.kept :])
             self.loaded[name] = self.loaded.pop(name)  # the latest is dropped last
             return self.loaded[name]
@@ -160,12 +160,22 @@ class Session:
             self.opened[file] = Records(file, data)
         return self.opened[file]
 
-# %% ../nbs/lib/81_widgets.ipynb #7a2d0a8c
-def embedded_subject() -> Subject:
-    "The repository's own parts under an untrained projector."
+# %% ../nbs/lib/81_widgets.ipynb #dc95f67c
+def quiet_subject(
+    name: str,  # of the checkpoint
+    run: Path | None,  # its folder; None: the repository's own parts under an untrained projector
+) -> Subject:
+    "A subject, loaded without progress bars. Raises InputError where there is no model."
     from aligned_mllm.models.parts import embedded_model
+    from transformers.utils import logging
 
-    return Subject(EMBEDDED, *embedded_model(data_folder() / "parts"))
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return load_subject(run, name) if run else Subject(name, *embedded_model(data_folder() / "parts"))
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 # %% ../nbs/lib/81_widgets.ipynb #94fa6455
 def caution(

@@ -323,6 +323,7 @@ def use_ask(window: Window, timings: dict) -> None:
     "What a person does with Ask, and what must change in the page."
     page = window.page
     window.choose("and", "toy/second")
+    window.panel(1).get_by_text("toy/second").wait_for()  # it is getting ready
     window.says("Ready")
     window.press("Ask")
     window.says("Click a token")
@@ -338,13 +339,17 @@ def use_ask(window: Window, timings: dict) -> None:
     keep(page, f"{window.name}_2_looked")
     timings["slider_ms"] = [round(window.slide(key)) for key in ["ArrowRight"] * 5 + ["ArrowLeft"] * 3]
     assert "looked, in layer 3" in window.panel(0).text_content() and window.drawn(0) != before
-    box = window.panel(0).locator(".nsewdrag").bounding_box()
-    page.mouse.click(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"])
+    picture = window.panel(0).locator(".nsewdrag")
+    box = picture.bounding_box()
+    place = {"x": 0.3 * box["width"], "y": 0.5 * box["height"]}
+    picture.hover(position=place, force=True)  # scrolls there
+    picture.click(position=place, force=True)
     page.wait_for_function("() => document.querySelectorAll('.aligned-patch').length === 2")
     said = window.panel(0).locator(".aligned-patch").text_content()
     assert "Patch 12 (row 3, column 2)" in said and "nearest words" in said and window.panel(0).locator(".aligned-patch tr").count() == 1 + 7
     keep(page, f"{window.name}_3_patch")
     window.choose("checkpoint", EMBEDDED)
+    window.panel(0).get_by_text(EMBEDDED).wait_for()
     window.says("Ready")
     assert window.tokens(0) == [] and "never trained" in window.panel(0).text_content()
     page.get_by_placeholder("what to ask").fill("")
