@@ -35,18 +35,18 @@ app: .venv/ready  ## ask a checkpoint, compare two runs: widgets in a browser wi
 docs: .venv/ready  ## build the documentation: _docs/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site
 
-test: .venv/ready browser docs  ## everything that must hold: documentation, notebooks, tests, export
-	$(MAKE) -j2 --no-print-directory tests-long tests-pages tests-short notebooks
+test: .venv/ready browser  ## everything that must hold: documentation, notebooks, tests, export
+	$(MAKE) -j2 --no-print-directory tests-long docs tests-short tests-pages notebooks
 
 LONG := tests/test_train.py tests/test_experiment.py tests/test_distributed.py
 PAGES := tests/test_widgets.py tests/test_site.py tests/test_export.py tests/test_features.py tests/test_cknna.py
 tests-long:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(LONG)
-tests-pages:
+tests-pages: docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(PAGES)
 tests-short:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 tests $(LONG:%=--ignore=%) $(PAGES:%=--ignore=%)
-notebooks:
+notebooks: docs
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^tutorials$$'  # docs has executed these
 
 browser: .venv/ready
