@@ -413,7 +413,7 @@ def shade(
     ground = "#" + "".join(f"{round(255 + (end - 255) * value):02x}" for end in (0, 114, 178))
     return ground, "#ffffff" if value > 0.9 else "#1a1a1a"
 
-# %% ../nbs/lib/81_widgets.ipynb #fc908d30
+# %% ../nbs/lib/81_widgets.ipynb #46ec34c0
 def spoken_html(
     spoken: Spoken,
     patch: int,  # from 0
@@ -429,7 +429,8 @@ def spoken_html(
         said = "".join(f"<td style='background:{back};color:{front};padding:1px 8px'>{token} {value:.0%}</td>" for back, front, token, value in looks)
         lines.append(f"<tr><th style='text-align:right;padding:1px 8px;font-weight:normal'>{layer}</th>{said}</tr>")
     head = "<th style='padding:1px 8px;font-weight:normal'>layer</th>" + "".join(f"<th style='font-weight:normal'>{rank}.</th>" for rank in sorted(words["rank"]))
-    return (f"<div class='aligned-patch' style='line-height:1.45'><b>Patch {patch - start + 1}</b> (row {(patch - start) // columns + 1}, column {(patch - start) % columns + 1})<br>"
+    row, column = divmod(patch - start, columns)
+    return (f"<div class='aligned-patch' style='line-height:1.45'><b>Patch {patch - start + 1}</b> (row {row + 1}, column {column + 1})<br>"
             f"nearest words (cosine): {near}<br>what each layer would say here (0: input):"
             f"<table style='border-collapse:collapse;font-size:12px'><tr>{head}</tr>{''.join(lines)}</table></div>")  # fmt: skip
 
@@ -715,7 +716,7 @@ def read_patch(
 # %% ../nbs/lib/81_widgets.ipynb #af4d8e3f
 SOURCES = [("a freshly drawn scene", "scene"), ("a record of the run's data", "run"), ("an upload", "upload")]
 
-# %% ../nbs/lib/81_widgets.ipynb #281836b3
+# %% ../nbs/lib/81_widgets.ipynb #bc95522b
 class Picker(widgets.VBox):
     "Chooses a picture: of a run's data, uploaded, or drawn; and shows it."
 
@@ -745,7 +746,8 @@ class Picker(widgets.VBox):
             self.shown.value, self.title.value = b"", ""
             self.chosen, self.key = picture_from(self.session, *key[:3], upload), key
             if self.chosen:
-                self.shown.value, self.title.value = base64.b64decode(picture_source(self.chosen.image, 240).split(",")[1]), f"<div style='padding-left:90px;line-height:1.3;overflow-wrap:anywhere'>{escape(self.chosen.title)}</div>"
+                self.shown.value = base64.b64decode(picture_source(self.chosen.image, 240).split(",")[1])
+                self.title.value = f"<div style='padding-left:90px;line-height:1.3;overflow-wrap:anywhere'>{escape(self.chosen.title)}</div>"
         return self.chosen
 
 # %% ../nbs/lib/81_widgets.ipynb #f167b363

@@ -29,7 +29,8 @@ def free_port() -> int:
 @contextmanager
 def served(command: list[str], address: str, folder: Path, **environment: str) -> Iterator[None]:
     "Run a server until it answers at `address`, and end it afterwards."
-    places = {name: str(folder / name.lower()) for name in ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR")}
+    names = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR")
+    places = {name: str(folder / name.lower()) for name in names}
     for place in places.values():
         Path(place).mkdir(parents=True, exist_ok=True)
     news = Path(places["JUPYTERLAB_SETTINGS_DIR"], "@jupyterlab", "apputils-extension", "notification.jupyterlab-settings")
