@@ -299,7 +299,7 @@ def parsed_options(
                       said.checkpointing, said.steps, said.blocks, said.pictures, tuple(said.modes))  # fmt: skip
     return shape, options, said.output
 
-# %% ../nbs/lib/86_benchmark.ipynb #88e73f3e
+# %% ../nbs/lib/86_benchmark.ipynb #5903c580
 @command
 def main(
     arguments: list[str] | None = None,  # the command line by default
@@ -308,7 +308,7 @@ def main(
     shape, options, output = parsed_options(arguments)
     torch.backends.cuda.matmul.allow_tf32 = True  # for the alignment projector, which stays float32
     table, facts = benchmark(shape, options)
-    print(table.to_string(float_format="{:.4g}".format))
+    print(table.dropna(axis=1, how="all").to_string(float_format="{:.4g}".format))
     print(f"resident for the alignment {facts['resident MiB']:.1f} MiB, peak of the process {facts['process peak MiB']:.0f} MiB, "
           f"{options.blocks} blocks of {options.steps} steps")  # fmt: skip
     if output:

@@ -17,7 +17,7 @@ from .recipes import ABOUT, ARMS, recipe_names
 # %% ../nbs/lib/90_cli.ipynb #2c735f7d
 FULL = tuple(arm for arm in ARMS if arm != "blind")  # the blind line is always run
 
-# %% ../nbs/lib/90_cli.ipynb #8a4a9129
+# %% ../nbs/lib/90_cli.ipynb #71f92277
 def command_line() -> argparse.ArgumentParser:
     "All commands and options."
     parser = argparse.ArgumentParser(prog="aligned-mllm", description="Train and compare multimodal models with visual supervision.")
@@ -32,8 +32,8 @@ def command_line() -> argparse.ArgumentParser:
     job.add_argument("--quick", action="store_true", help="the same in a minute, far too short to mean anything")
     job.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of every stage-2 run")
     commands.add_parser("report", help="draw the report of an experiment again").add_argument("folder")
-    look = commands.add_parser("inside", help="every measure of one run folder, or of two side by side, on one page")
-    look.add_argument("runs", nargs="+", help="one or two finished run folders")
+    look = commands.add_parser("inside", help="the measures of one run folder, or of up to three side by side, on one page")
+    look.add_argument("runs", nargs="+", help="one to three finished run folders, the baseline first")
     look.add_argument("--output", default="", help="folder of the page and its tables (default: inside_NAME_NAME beside the first run)")
     look.add_argument("--data", default="", help="data folder (default: the first run's)")
     look.add_argument("--records", default="test.jsonl", help="what to ask, below the data folder")

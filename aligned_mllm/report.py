@@ -74,7 +74,7 @@ def _gain_sentence(scores: pd.DataFrame) -> str:
     return (f"VIRAL shows no gain over plain training: {_signed(mean)} points ({basis}, which includes zero); "
             f"by question type, a difference is clear on {clear or 'none'}.")
 
-# %% ../nbs/lib/82_report.ipynb #cf27ad0a
+# %% ../nbs/lib/82_report.ipynb #b214276d
 def _control_sentence(scores: pd.DataFrame) -> str:
     "What the control does by comparison, and what follows for the cause of the gain."
     gain, control = _change(scores, "viral", "plain"), _change(scores, "other_image", "plain")
@@ -91,7 +91,7 @@ def _control_sentence(scores: pd.DataFrame) -> str:
     if high <= 0:
         return f"{told}: the gain does not come from what the teacher saw in this image."
     if control[1] > 0 and high < gain[0]:
-        return f"{told}: that it matters what the teacher saw in this image is not shown, and at most {high:.1f} of the {gain[0]:.1f} points can come from it."
+        return f"{told}: that it matters what the teacher saw in this image is not shown, and, by the 95 % interval, at most {high:.1f} of the {gain[0]:.1f} points can come from it."
     return f"{told}: whether the gain comes from what the teacher saw in this image, {seeds} seeds cannot tell."
 
 # %% ../nbs/lib/82_report.ipynb #dbccae61
@@ -157,7 +157,7 @@ def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     "The table with its index of arms as a first column of labels."
     return table.rename(index=lambda arm: style(arm)[0]).rename_axis("arm").reset_index()
 
-# %% ../nbs/lib/82_report.ipynb #8eaab4fe
+# %% ../nbs/lib/82_report.ipynb #5e09c402
 def _section_scores(found: dict) -> str:
     "What was compared, the table of scores and the figures of scores and differences."
     arms, scores = found["arms"], found["scores"]
@@ -170,8 +170,8 @@ def _section_scores(found: dict) -> str:
     parts += [html_table(_labelled(summary_table(scores, found["rows"]))), html_plot(scores_figure(scores, arms), "scores")]
     if found["unlearnt"]:
         names = escape(", ".join(found["unlearnt"]))
-        parts.append(f"<p class=note><b>Not learnt:</b> on {names}, plain training is not above a model without images "
-                     "or the commonest answer. Differences between arms on a type that is not learnt say little.</p>")
+        parts.append(f"<p class=note><b>Not learnt:</b> on {names}, the interval of plain training over its questions "
+                     "reaches down to a model without images or to the commonest answer. Differences between arms on a type that is not learnt say little.</p>")
     if "plain" in arms and len(arms) > 1:
         parts += ["<h2>Gains</h2>", "<p>Arms of one seed share data, order and first weights, so they are compared within each "
                   "seed. A bar that crosses the zero line is no evidence of a gain.</p>"]

@@ -29,7 +29,8 @@ def test_the_command_measures_two_runs(runs, tmp_path, small_data, capsys):
     answers = pd.read_csv(tmp_path / "page" / "answers.csv")
     every = answers[answers.category == "all"].set_index("model")
     assert list(every.index) == ["plain", "viral"] and (every.questions == 20).all()
-    assert every.second_minus_first["viral"] == pytest.approx(every.accuracy["viral"] - every.accuracy["plain"]) and every.low["viral"] <= every.high["viral"]
+    more = every["more than the first"]
+    assert more["viral"] == pytest.approx(every.accuracy["viral"] - every.accuracy["plain"]) and every.low["viral"] <= every.high["viral"] and more.isna()["plain"]
 
     from aligned_mllm.analysis.subjects import load_subject
     from aligned_mllm.data.records import Records
@@ -70,6 +71,6 @@ def test_bad_words(runs, tmp_path, words, capsys):
     assert "What to do" in capsys.readouterr().err
 
 
-def test_three_runs_and_one_run_twice(runs, tmp_path, capsys):
-    assert main(["inside", *runs, runs[0], "--output", str(tmp_path)]) == 2
+def test_four_runs_and_one_run_twice(runs, tmp_path, capsys):
+    assert main(["inside", *runs, *runs, "--output", str(tmp_path)]) == 2 and "4 runs" in capsys.readouterr().err
     assert main(["inside", runs[0], runs[0], "--output", str(tmp_path)]) == 2 and "twice" in capsys.readouterr().err
