@@ -145,13 +145,14 @@ TOLD = {  # measure: how to read it
     "words": "The word whose embedding points most nearly where the projector's output points, at each patch of the first picture.",
 }
 
-# %% ../nbs/lib/84_inside.ipynb #b18014db
+# %% ../nbs/lib/84_inside.ipynb #ac406a51
 MEASURES = {
     "answers": Measure("Answers", answers_table, lambda case, table: []),
     "convergence": Measure("While learning", lambda case: read_run_curves(case.folders, case.names), lambda case, table: [
         convergence_figure(table).update_layout(title_text="Accuracy on the validation part")]),
     "cknna": Measure("Shared neighbours (CKNNA) and shared shape (CKA)", lambda case: cknna_table(
-        case.subjects, case.pictures, teachers=case.teachers, permutations=50, measures=("CKNNA", "CKA")), lambda case, table: [cknna_table_figure(table, name, case.layer) for name in ("CKNNA", "CKA")]),
+        case.subjects, case.pictures, teachers=case.teachers, permutations=50, measures=("CKNNA", "CKA")),
+        lambda case, table: [cknna_table_figure(table, name, case.layer) for name in ("CKNNA", "CKA")]),
     "attention": Measure("Attention from words to the picture", lambda case: image_attention_table(case.subjects, case.records),
                          lambda case, table: [image_attention_figure(table, marked=case.layer)]),
     "entropy": Measure("Spatial entropy", lambda case: spatial_entropy_table(case.subjects, case.records),
