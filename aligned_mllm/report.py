@@ -74,7 +74,7 @@ def _gain_sentence(scores: pd.DataFrame) -> str:
     return (f"VIRAL shows no gain over plain training: {_signed(mean)} points ({basis}, which includes zero); "
             f"by question type, a difference is clear on {clear or 'none'}.")
 
-# %% ../nbs/lib/82_report.ipynb #b214276d
+# %% ../nbs/lib/82_report.ipynb #db4678e6
 def _control_sentence(scores: pd.DataFrame) -> str:
     "What the control does by comparison, and what follows for the cause of the gain."
     gain, control = _change(scores, "viral", "plain"), _change(scores, "other_image", "plain")
@@ -91,7 +91,8 @@ def _control_sentence(scores: pd.DataFrame) -> str:
     if high <= 0:
         return f"{told}: the gain does not come from what the teacher saw in this image."
     if control[1] > 0 and high < gain[0]:
-        return f"{told}: that it matters what the teacher saw in this image is not shown, and, by the 95 % interval, at most {high:.1f} of the {gain[0]:.1f} points can come from it."
+        most = f"by the 95 % interval, at most {high:.1f} of the {gain[0]:.1f} points can come from it"
+        return f"{told}: that it matters what the teacher saw in this image is not shown, and, {most}."
     return f"{told}: whether the gain comes from what the teacher saw in this image, {seeds} seeds cannot tell."
 
 # %% ../nbs/lib/82_report.ipynb #dbccae61
