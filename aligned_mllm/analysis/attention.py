@@ -130,12 +130,11 @@ def listening_name(
     AttentionMaskInterface.register(f"rows_over_{own}", ALL_MASK_ATTENTION_FUNCTIONS[own])
     return f"rows_over_{own}"
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #19800a56
+# %% ../../nbs/lib/72_analysis.attention.ipynb #b1eef576
 class AttentionRows:
     """A context in which forward passes leave attention rows: `with AttentionRows(model, queries) as rows: model(...); rows.kept[3][0]`.
 
-    `kept[layer]` is a list of B results, by default tensors (H, Q, K) with the Q queries and K keys of that sample; block k makes state k.
-    """
+    `kept[layer]` is a list of B results, by default tensors (H, Q, K) with the Q queries and K keys of that sample; block k makes state k."""
 
     def __init__(
         self,
