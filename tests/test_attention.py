@@ -215,3 +215,21 @@ def test_a_token_lies_over_the_picture_where_its_box_says():
     assert (shown.z[0, 0] == picture.getpixel((0, 0))).all() and shown.x0 == 0.5
     with pytest.raises(InputError, match="a box for each view"):
         attention_figure(picture, weights, torch.tensor([[2, 2], [2, 2]]))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_evenly_spread_attention_is_one_share_for_each_key_that_may_be_seen(side):
+    "Under a window too: the number of visual keys among those that the model's own weights do not hide."
+    model, processor = CASES["Gemma 3, window of 20 in two of three layers"]()
+    batch = mixed(processor, side)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad(), AttentionRows(model, real, batch["visual_mask"], even=True) as spread:
+        model(**model_inputs(batch), use_cache=False)
+    shares = []
+    for layer, weights in enumerate(eager_weights(model, batch), start=1):
+        for sample, (kept, full) in enumerate(zip(spread.kept[layer], weights)):
+            seen = full[0, real[sample]] > 0
+            wanted = (seen & batch["visual_mask"][sample]).sum(1) / seen.sum(1)
+            assert (kept.sum(-1) - wanted).abs().max() < 1e-5
+            shares.append(float(wanted[-1]))
+    assert len({round(share, 4) for share in shares}) > 1  # the window makes a difference

@@ -309,3 +309,16 @@ def test_table_of_two_models_and_its_figure(parts, tmp_path):
     for wrong in ({"level": "patch"}, {"measures": ("cka",)}, {"form": "masked"}):
         with pytest.raises(InputError, match="level of"):
             cknna_table(models, pictures, **wrong)
+
+
+def test_where_the_two_forms_part():
+    "Unrelated and related noise, with and without a common mean: the four cases that the page tells."
+    random = np.random.default_rng(0)
+    one, noise = random.normal(size=(400, 16)), random.normal(size=(400, 16))
+    masked = {"form": "masked_first"}
+    for second, most in ((noise, 0.05), (one + noise, 0.2)):
+        centred, biased, unbiased = (cknna(one, second, k=10, **how) for how in ({}, masked, {**masked, "unbiased": True}))
+        assert abs(centred - unbiased) < 0.03 < 0.2 < biased - centred and centred < most
+    assert cknna(one, noise, k=200) > 0.25
+    for unbiased in (False, True):
+        assert cknna(one + 3, noise + 3, k=350, **masked, unbiased=unbiased) > 1.2 > 0.2 > cknna(one, noise, k=350, **masked, unbiased=unbiased)

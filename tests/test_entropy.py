@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aligned_mllm.analysis.entropy import spatial_entropy
+from aligned_mllm.analysis.entropy import shuffled_patches, spatial_entropy
 from aligned_mllm.core import InputError
 
 
@@ -81,3 +81,15 @@ def test_wrong_choices_are_refused():
             spatial_entropy(torch.rand(16), **{"grid": (4, 4), **wrong})
     with pytest.raises(InputError, match="scores before the softmax"):
         spatial_entropy(-torch.rand(16), (4, 4))
+
+
+def test_shuffled_patches_stay_in_their_view_and_connected_attention_lies_below_them():
+    weights = torch.zeros(2, 3, 36 + 4)
+    weights[..., [7, 8, 13, 14]], weights[..., 36:] = 0.2, 0.05  # one place in the first view, a flat second
+    grids = torch.tensor([[6, 6], [2, 2]])
+    mixed = shuffled_patches(weights, grids, torch.Generator().manual_seed(0))
+    assert torch.equal(mixed.sort(-1).values, weights.sort(-1).values) and not torch.equal(mixed, weights)
+    assert torch.equal(mixed[..., 36:], weights[..., 36:]) and not torch.equal(mixed[0, 0], mixed[0, 1])
+    assert (spatial_entropy(mixed, grids) > spatial_entropy(weights, grids)).all()
+    with pytest.raises(InputError, match="36 weights"):
+        shuffled_patches(weights, grids[:1], torch.Generator())

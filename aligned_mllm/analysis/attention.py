@@ -8,9 +8,10 @@ __all__ = ['LISTENING', 'OVERLAY', 'softmax_rows', 'mask_rows', 'language_model_
            'views_of_samples', 'measured_rows', 'over_pictures', 'image_attention_table', 'image_attention_figure',
            'heads_figure', 'panels_of', 'attention_figure']
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #5964c55e
+# %% ../../nbs/lib/72_analysis.attention.ipynb #8b31e8fc
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from math import ceil
 
@@ -129,12 +130,11 @@ def listening_name(
     AttentionMaskInterface.register(f"rows_over_{own}", ALL_MASK_ATTENTION_FUNCTIONS[own])
     return f"rows_over_{own}"
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #bd3e72ea
+# %% ../../nbs/lib/72_analysis.attention.ipynb #b1eef576
 class AttentionRows:
     """A context in which forward passes leave attention rows: `with AttentionRows(model, queries) as rows: model(...); rows.kept[3][0]`.
 
-    `kept[layer]` is a list of B results, by default tensors (H, Q, K) with the Q queries and K keys of that sample; block k makes state k.
-    """
+    `kept[layer]` is a list of B results, by default tensors (H, Q, K) with the Q queries and K keys of that sample; block k makes state k."""
 
     def __init__(
         self,
@@ -143,8 +143,9 @@ class AttentionRows:
         keys: Tensor | None = None,  # (B, S) bool, the columns that are kept; all by default
         layers: Sequence[int] | None = None,  # 1 to L; all by default
         keep: Callable[[Tensor, int], object] = lambda rows, sample: rows,  # called at once with rows (H, Q, K) and the sample's index
+        even: bool = False,  # True: not the model's rows, but attention spread evenly over the keys that each query may see
     ):
-        self.queries, self.keys, self.keep, self.kept = queries, keys, keep, {}
+        self.queries, self.keys, self.keep, self.kept, self.even = queries, keys, keep, {}, even
         self.decoder, self.layer_of = language_model_of(model), attention_modules(model, layers)
 
     def __enter__(self):
@@ -167,7 +168,7 @@ class AttentionRows:
         for sample, wanted in enumerate(self.queries):
             places = wanted.nonzero()[:, 0].to(query.device)
             hidden = mask_rows(mask, sample, places, length, getattr(module, "is_causal", True) if causal is None else causal)
-            rows = softmax_rows(query[sample][:, places], key[sample], hidden, settings.get("scaling"), settings.get("softcap"))
+            rows = softmax_rows(query[sample][:, places], key[sample], hidden, 0.0 if self.even else settings.get("scaling"), settings.get("softcap"))
             found.append(self.keep(rows if self.keys is None else rows[..., self.keys[sample].nonzero()[:, 0].to(rows.device)], sample))
         self.kept[self.layer_of[module]] = found
 
@@ -261,19 +262,22 @@ def views_of_samples(
         raise InputError(f"no picture in samples {empty}", "a picture in each", "leave text-only records out of measures of visual tokens")
     return views
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #9b63c6f4
+# %% ../../nbs/lib/72_analysis.attention.ipynb #06290371
 @torch.inference_mode()
 def measured_rows(
     subjects: Subject | Sequence[Subject],  # one or several models
     records: Records,  # conversations with pictures
-    measure: Callable[[Tensor, Tensor], Tensor],  # rows (H, Q, V) and grids (W, 2) of one sample to H numbers
+    measure: Callable[[Tensor, Tensor], Tensor],  # rows (H, Q, V) and grids (W, 2) of one sample to numbers (H,), or (H, C)
     queries: str = "first",  # as `query_mask` takes it
     layers: Sequence[int] | None = None,  # 1 to L; all by default
     batch_size: int = 50,
     first_records: int = 0,  # use only so many; 0 uses all
+    names: Sequence[str] = ("value",),  # of the measure's C columns
+    even: bool = False,  # measure evenly spread attention too, in the same pass: column uniform; for C = 1
 ) -> pd.DataFrame:
-    "A row for each model, record, layer and head: model, record, picture, layer, head (from 0), value. Raises InputError as `query_mask` does."
+    "A row for each model, record, layer and head: model, record, picture, layer, head (from 0), and `names`. Raises InputError as `query_mask` does."
     count, tables = min(first_records or len(records), len(records)), []
+    names = [*names, "uniform"] if even else list(names)
     chosen = [records[index] for index in range(count)]
     for subject in subjects_of(subjects):
         values = {}
@@ -283,15 +287,17 @@ def measured_rows(
             def keep(rows: Tensor, sample: int) -> Tensor:
                 return measure(rows, batch["grids"][views[sample]]).float().cpu()  # noqa: B023
 
-            with AttentionRows(subject.model, query_mask(batch, queries), batch["visual_mask"], layers, keep) as rows:
+            what = subject.model, query_mask(batch, queries), batch["visual_mask"], layers, keep
+            with AttentionRows(*what) as rows, AttentionRows(*what, even=True) if even else nullcontext() as spread:
                 subject.model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
             for layer, kept in rows.kept.items():
-                values.setdefault(layer, []).extend(kept)
+                pairs = zip(kept, spread.kept[layer]) if even else zip(kept)
+                values.setdefault(layer, []).extend(torch.stack(pair, 1) if even else pair[0].reshape(len(pair[0]), -1) for pair in pairs)
         for layer, kept in sorted(values.items()):
             heads = len(kept[0])
             where = {"record": [each.id for each in chosen for _ in range(heads)], "picture": [each.images[0] for each in chosen for _ in range(heads)]}
-            columns = {"model": subject.name, **where, "layer": layer, "head": [*range(heads)] * count, "value": torch.cat(kept[:count]).numpy()}
-            tables.append(pd.DataFrame(columns))
+            columns = {"model": subject.name, **where, "layer": layer, "head": [*range(heads)] * count}
+            tables.append(pd.DataFrame({**columns, **dict(zip(names, torch.cat(kept[:count]).T.numpy()))}))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/lib/72_analysis.attention.ipynb #2312bfd5
@@ -305,7 +311,7 @@ def over_pictures(
     rows = [(*(name if isinstance(name, tuple) else (name,)), *interval(values), len(values)) for name, values in means.groupby(level=list(by), sort=False)]
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "pictures"])
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #9bdde5ac
+# %% ../../nbs/lib/72_analysis.attention.ipynb #488823cd
 def image_attention_table(
     subjects: Subject | Sequence[Subject],  # one or several models
     records: Records,  # conversations with pictures
@@ -315,19 +321,29 @@ def image_attention_table(
     batch_size: int = 50,
     first_records: int = 0,  # use only so many; 0 uses all
 ) -> pd.DataFrame:
-    "Share of attention on the picture (0-1): model, layer, (head,) value, 95 % low and high, pictures. Raises InputError as `measured_rows` does."
-    raw = measured_rows(subjects, records, lambda rows, _: rows.sum(-1).mean(1), queries, layers, batch_size, first_records)
-    return over_pictures(raw, ("model", "layer", "head") if by_head else ("model", "layer"))
+    """Share of attention on the picture (0-1): model, layer, (head,) value, 95 % low and high, pictures, uniform (the share if attention were spread evenly
+    over the keys that each query may see). Raises InputError as `measured_rows` does."""
+    by = ("model", "layer", "head") if by_head else ("model", "layer")
+    raw = measured_rows(subjects, records, lambda rows, _: rows.sum(-1).mean(1), queries, layers, batch_size, first_records, even=True)
+    return over_pictures(raw, by).assign(uniform=over_pictures(raw.assign(value=raw.uniform), by).value)
 
-# %% ../../nbs/lib/72_analysis.attention.ipynb #ffd71893
+# %% ../../nbs/lib/72_analysis.attention.ipynb #52581c73
 def image_attention_figure(
     table: pd.DataFrame,  # from `image_attention_table`, without heads
     **options,  # for `layers_figure`
 ):
-    "Share of attention on the picture over the layers, as a plotly figure. Raises InputError as `layers_figure` does."
+    "Share of attention on the picture over the layers, evenly spread attention in grey where the table tells it, as a plotly figure. Raises InputError."
     require_columns(table, ("model", "layer", "value", "pictures"), "image attention")
-    subtitle = f"mean over heads and {table.pictures.max()} pictures; bands: 95 % intervals over pictures"
-    return layers_figure(table, "Attention from words to the picture", subtitle, "share of attention on the picture (0 to 1)", **options)
+    told, panel = "uniform" in table, options.get("panel", "")
+    subtitle = f"mean over heads and {table.pictures.max()} pictures; bands: 95 % over pictures{'; grey: attention spread evenly' if told else ''}"
+    figure = layers_figure(table, "Attention from words to the picture", subtitle, "share of attention on the picture (0 to 1)", **options)
+    for column, name in enumerate(table[panel].unique() if panel else [None], start=1):
+        rows = (table[table[panel] == name] if panel else table)[["model", "layer", "uniform"] if told else []]
+        for number, (_, each) in enumerate(rows.sort_values("layer").groupby("model", sort=False) if told else []):
+            figure.add_scatter(x=each.layer.tolist(), y=each.uniform.round(4).tolist(), mode="lines", line={"color": "#777", "dash": "dot", "width": 2},
+                               name="spread evenly", legendgroup="spread evenly", showlegend=column == 1 and not number,
+                               hovertemplate="layer %{x}: %{y:.3~g}<extra>spread evenly</extra>", **({"row": 1, "col": column} if panel else {}))  # fmt: skip
+    return figure
 
 # %% ../../nbs/lib/72_analysis.attention.ipynb #2a2af5bb
 def heads_figure(

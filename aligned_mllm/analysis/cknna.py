@@ -304,7 +304,7 @@ def agreement(
         raise InputError("a neighbour graph without weights", "features that differ", "check that the right layer was read, or choose another k")
     return {"CKNNA": float(joint) / math.sqrt(scale[0] * scale[1]), "mutual k-NN": int(both.sum()) / int(mine.sum())}
 
-# %% ../../nbs/lib/71_analysis.cknna.ipynb #78d42aa6
+# %% ../../nbs/lib/71_analysis.cknna.ipynb #33e0b56c
 def cknna(
     first,  # (n, D1) features of n points
     second,  # (n, D2) features of the same points in the same order
@@ -313,7 +313,8 @@ def cknna(
     form: str = "centred_first",  # the paper's formula; "masked_first": the code released with it, without the 1e-6 it adds to the denominator
     unbiased: bool = False,  # the unbiased variant; the released code's default is masked_first, unbiased
 ) -> float:
-    "CKNNA (Huh et al. 2024): 1 alike, about 0 unrelated; raises InputError as `kernel` does, and for different numbers of rows."
+    """CKNNA (Huh et al. 2024): 1 alike; unrelated about k / n where k is small against n, by chance, and more for masked_first without unbiased. Raises
+    InputError as `kernel` does, and for different numbers of rows."""
     own = form == "masked_first" and not unbiased
     return agreement(space(first, k, normalise, with_self=own), space(second, k, normalise, with_self=own), k, form, unbiased)["CKNNA"]
 

@@ -192,15 +192,16 @@ def permutation_test(
     table = pd.concat(tables, ignore_index=True)
     return table[["model", "permutations", *(name for name in table.columns if name not in ("model", "permutations"))]]
 
-# %% ../../nbs/lib/74_analysis.permutation.ipynb #70e33201
+# %% ../../nbs/lib/74_analysis.permutation.ipynb #931cd02c
 def loss_figure(
     table: pd.DataFrame,  # with model, category, loss, low, high: from `permutation_test`
     title: str = "What is lost when the visual tokens are shuffled",
+    paired_over: str = "questions",  # what the intervals of the table were paired over, for the subtitle
 ):
     "The loss of each model by type of question, in percentage points, with its interval, as a plotly figure. Raises InputError for a wrong table."
     require_columns(table, ("model", "category", "questions", "accuracy", "changed", "loss", "low", "high"), "losses")
     times = f"{table.permutations.iloc[0]} permutations; " if "permutations" in table.columns else ""
-    figure = blank_figure(title, f"{times}bars: 95 % intervals, paired over questions")
+    figure = blank_figure(title, f"{times}bars: 95 % intervals, paired over {escaped(paired_over)}")
     categories, looks = list(table.category.unique()), styles_of(list(table.model.unique()))
     for number, (name, rows) in enumerate(table.groupby("model", sort=False)):
         (label, colour, symbol, _), shift = looks[name], 0.5 * ((number + 0.5) / len(looks) - 0.5)
