@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'CELL_OPTIONS', 'DRAWING', 'STYLE', 'ICON', 'pages', 'fingerprint', 'executed', 'defined_names',
-           'with_sources', 'processed', 'linked', 'drawable', 'sphinx_page', 'front_page', 'formula', 'setup',
-           'configuration', 'write_sources', 'write_assets', 'site', 'main']
+           'with_sources', 'processed', 'linked', 'drawable', 'sphinx_page', 'front_page', 'formula', 'hanging',
+           'setup', 'configuration', 'write_sources', 'write_assets', 'site', 'main']
 
 # %% ../nbs/lib/95_site.ipynb #0fb38a7a
 import argparse
@@ -211,19 +211,21 @@ def sphinx_page(
     metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "made_from": made_from}
     return json.dumps({"cells": made, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False)
 
-# %% ../nbs/lib/95_site.ipynb #38833025
+# %% ../nbs/lib/95_site.ipynb #f3c1bfa0
 def front_page(
     readme: str,  # text of README.md
     known: dict,  # all pages
 ) -> str:
     "The markdown of the site's first page."
-    from nbdev.doclinks import NbdevLookup
+
+    def row(found):
+        return re.sub(r"(?<!\[)`(\w+)`", lambda name: f"[{name[0]}]({found[1]}/{name[1]}.html)" if f"{found[1]}/{name[1]}" in known else name[0], found[0])
 
     lists = []
     for folder, (heading, _) in SECTIONS.items():
         names = [name for name in known if name.startswith(f"{folder}/")]
         lists += ["```{toctree}", ":hidden:", f":caption: {heading}", "", *names, "```", ""] if names else []
-    text = linked(NbdevLookup().linkify(readme), "index", known)
+    text = linked(re.sub(r"^\| `nbs/(\w+)` \|.*", row, readme, flags=re.M), "index", known)
     return "\n".join([re.sub(r"(!?\[[^\]]*\]\()nbs/", r"\1", text), "", *lists])
 
 # %% ../nbs/lib/95_site.ipynb #1390dfec
@@ -243,11 +245,26 @@ def formula(
         raise InputError(f"formula {text!r} with {unknown[0]}", "commands that latex2mathml knows", "write it with simpler commands")
     return made.replace("negativethinmathspace", "-0.167em")
 
-# %% ../nbs/lib/95_site.ipynb #e580c33d
+# %% ../nbs/lib/95_site.ipynb #d25f15b3
+def hanging(
+    html: str,  # a page's, or a part of it
+) -> str:
+    "The text with each line of a block of code in an element of its own, which knows its indentation (in letters) as `--indent`."
+
+    def line(text):
+        plain = re.sub(r"<[^>]*>", "", text)
+        return f'<span class="line" style="--indent: {len(plain) - len(plain.lstrip(" "))}ch">{text}\n</span>'
+
+    def block(found):
+        return found[1] + "".join(map(line, found[2].removesuffix("\n").split("\n"))) + "</pre>"
+
+    return re.sub(r'(<div class="highlight"><pre>(?:<span></span>)?)(.*?)</pre>', block, html, flags=re.S)
+
+# %% ../nbs/lib/95_site.ipynb #bd24aa55
 def setup(
     app,  # sphinx.application.Sphinx
 ) -> dict:
-    "What Sphinx calls: from now on this module draws the formulas."
+    "What Sphinx calls: from now on this module draws the formulas and the lines of code."
     from docutils.nodes import SkipNode, math_block
 
     def draw(writer, node):
@@ -256,10 +273,14 @@ def setup(
         writer.body.append(f'<div class="formula">{made}</div>' if block else made)
         raise SkipNode
 
+    def lines(app, name, template, context, document):
+        context["body"] = hanging(context.get("body") or "")
+
     app.add_html_math_renderer("mathml", (draw, None), (draw, None))
+    app.connect("html-page-context", lines)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
-# %% ../nbs/lib/95_site.ipynb #04723fbc
+# %% ../nbs/lib/95_site.ipynb #d03be438
 DRAWING = """
 "use strict";
 (() => {
@@ -280,11 +301,33 @@ DRAWING = """
     if (Array.isArray(part)) return part.map((each) => darkened(each));
     return part && typeof part === "object" ? Object.fromEntries(Object.entries(part).map(([key, value]) => [key, darkened(value, key)])) : part;
   };
+  const pen = document.createElement("canvas").getContext("2d");
+  const wide = (text) => pen.measureText(text.replace(/<[^>]*>/g, "")).width;
+  const wrapped = (line, width, size, family) => {
+    pen.font = `${(line.match(/font-size: *([0-9]+)/) || [0, size])[1]}px ${family}`;
+    let begun = "";
+    return (line.match(/(?:<[^>]*>|[^ <])+/g) || []).reduce((before, word) => {
+      const goesOn = wide(`${begun || before} ${word}`) <= 0.94 * width;
+      begun = goesOn ? `${begun || before} ${word}` : word;
+      return before + (goesOn ? " " : "<br>") + word;
+    });
+  };
+  const fitted = (layout, room) => {
+    const { title, font = {}, margin = {} } = layout;
+    if (!title || !title.text) return;
+    const left = title.xref === "paper" ? (margin.l ?? 80) : 0.05 * room, before = title.text.split("<br>");
+    const { size = 1.4 * (font.size || 12), family = font.family || "sans-serif" } = title.font || {};
+    title.text = before.map((line) => (line ? wrapped(line, room - left - 12, size, family) : "")).join("<br>");
+    const more = 18 * (title.text.split("<br>").length - before.length);
+    layout.height = (layout.height || 450) + more;
+    layout.margin = { ...margin, t: (margin.t ?? 100) + more };
+  };
   const draw = (place) => {
     const stored = JSON.parse(place.querySelector("script").textContent);
     const figure = isDark() ? darkened(stored) : stored;
     Object.assign(figure.layout, { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true });
     const target = place.querySelector(".drawn") || place.appendChild(Object.assign(document.createElement("div"), { className: "drawn" }));
+    fitted(figure.layout, figure.layout.width || Math.max(560, target.clientWidth));
     Plotly.react(target, figure.data, figure.layout, { responsive: true, displaylogo: false });
     if (figure.frames) Plotly.addFrames(target, figure.frames);
   };
@@ -295,13 +338,15 @@ DRAWING = """
     const redraw = () => places.forEach(draw), changed = () => window.Plotly && redraw();
     const script = Object.assign(document.createElement("script"), { src: plotly, onload: redraw });
     document.head.appendChild(script);
+    let waiting = 0;
+    addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(changed, 200); });
     new MutationObserver(changed).observe(document.body, { attributeFilter: ["data-theme"] });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", changed);
   });
 })();
 """
 
-# %% ../nbs/lib/95_site.ipynb #407148b2
+# %% ../nbs/lib/95_site.ipynb #167bfb5a
 STYLE = """
 @font-face { font-family: "STIX Two Math"; src: url("STIXTwoMath-Regular.ttf"); }
 math { font-family: "STIX Two Math", math; font-size: 1.05em; }
@@ -311,7 +356,9 @@ math { font-family: "STIX Two Math", math; font-size: 1.05em; }
 .plotly-figure { min-height: 300px; } .plotly-figure .drawn { min-width: 560px; }
 h1 + blockquote { border: 0; background: none; margin: 0 0 1.5em; padding: 0; font-size: 1.1em; color: var(--color-foreground-secondary); }
 article h3 { overflow-wrap: anywhere; }
-div.cell_output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.highlight pre, div.cell_output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.highlight .line { display: block; padding-left: calc(var(--indent) + 4ch); text-indent: calc(-4ch - var(--indent)); }
+@media (min-width: 67em) and (max-width: 82em) { .content { width: 56em; max-width: calc(100vw - 15em); } }
 @media (min-width: 104em) { .content { width: 56em; } .sidebar-drawer { width: calc(50% - 31em); } }
 div.cell div.cell_input { border: 1px solid var(--color-background-border); border-left: 3px solid var(--color-brand-primary); }
 div.cell details.hide, div.cell details.hide :is(summary, .admonition-title) { margin: 0; padding: 0; border: 0; box-shadow: none; background: none !important; }
