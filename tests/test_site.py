@@ -139,7 +139,8 @@ def test_the_front_page_is_the_readme(site, tmp_path):
 
 def test_names_in_the_table_of_places_lead_to_pages_and_plain_words_nowhere(site):
     html = (site / "index.html").read_text(encoding="utf-8")
-    leads = {name: re.findall(rf'href="([^"]*)"><code[^>]*><span class="pre">{name}</span></code></a>', html) for name in ("main_job", "inside", "first_hour", "methods", "ask", "compare")}
+    names = ("main_job", "inside", "first_hour", "methods", "ask", "compare")
+    leads = {name: re.findall(rf'href="([^"]*)"><code[^>]*><span class="pre">{name}</span></code></a>', html) for name in names}
     assert {name: {*found} for name, found in leads.items()} == {
         "main_job": {"runs/main_job.html"}, "inside": {"runs/inside.html"}, "first_hour": {"tutorials/first_hour.html"},
         "methods": {"explanations/methods.html"}, "ask": set(), "compare": set()}  # fmt: skip

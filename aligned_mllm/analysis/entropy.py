@@ -106,7 +106,7 @@ def spatial_entropy(
     values = np.where(number == 0, nothing, values / np.log(most))
     return torch.from_numpy(np.where(total <= 0, np.inf, values)).float().reshape(weights.shape[:-1])
 
-# %% ../../nbs/lib/73_analysis.entropy.ipynb #18fb8be4
+# %% ../../nbs/lib/73_analysis.entropy.ipynb #7db6a36f
 def steps_figure(
     weights: Tensor,  # (V,), one row
     grid: tuple[int, int],  # rows and columns of the one view
@@ -121,7 +121,8 @@ def steps_figure(
     unit = "nats" if "base" not in choices else f"log base {choices['base']:g}"
     unit = {"places": "of the log of their number", "grid": "of the grid's largest"}.get(choices.get("normalise"), unit)
     figure = blank_figure(title, f"{len(held)} connected places; H = {value:.3g} ({unit})", height=330)
-    names = [f"1 weight<br>({float(weights.min()):.2g} to {float(weights.max()):.2g})", f"2 above mean<br>(to {above.max():.2g})", "3 connected<br>places", "4 share of<br>each (0 to 1)"]
+    names = [f"1 weight<br>({float(weights.min()):.2g} to {float(weights.max()):.2g})", f"2 above mean<br>(to {above.max():.2g})",
+             "3 connected<br>places", "4 share of<br>each (0 to 1)"]  # fmt: skip
     figure.set_subplots(rows=1, cols=4, horizontal_spacing=0.05, subplot_titles=names).update_annotations(font_size=13)
     numbers = np.where(places > 0, places, np.nan)
     for column, (values, scale) in enumerate(((weights.numpy(), "cividis"), (above, "cividis"), (numbers, ["#CFE3F1", "#56B4E9"])), start=1):
