@@ -137,6 +137,21 @@ def test_the_front_page_is_the_readme(site, tmp_path):
     assert found[: len(expected)] == expected and len(found) == len(expected)
 
 
+def test_names_in_the_table_of_places_lead_to_pages_and_plain_words_nowhere(site):
+    html = (site / "index.html").read_text(encoding="utf-8")
+    names = ("main_job", "inside", "first_hour", "methods", "ask", "compare")
+    leads = {name: re.findall(rf'href="([^"]*)"><code[^>]*><span class="pre">{name}</span></code></a>', html) for name in names}
+    assert {name: {*found} for name, found in leads.items()} == {
+        "main_job": {"runs/main_job.html"}, "inside": {"runs/inside.html"}, "first_hour": {"tutorials/first_hour.html"},
+        "methods": {"explanations/methods.html"}, "ask": set(), "compare": set()}  # fmt: skip
+    assert not re.findall(r'href="lib/[^"]*#[^"]*"><code', html)
+
+
+def test_every_path_that_the_readme_names_exists():
+    paths = {*re.findall(r"\bnbs/[\w./]*\w", (ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert len(paths) > 10 and [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_every_public_name_has_its_place(site, path):
     name = path.relative_to(ROOT / "aligned_mllm").with_suffix("").as_posix().replace("/", ".")
@@ -276,6 +291,28 @@ def test_figures_react(opened):
     drawn = figure.evaluate("node => node.querySelector('.drawn').data[0].y.length")
     stored = json.loads(figure.locator("script").inner_text() or figure.locator("script").text_content())
     assert drawn == len(stored["data"][0]["y"])
+
+
+@pytest.mark.parametrize("name", ["index", "lib/site", "tutorials/own_model", "explanations/shapes"])
+def test_no_code_is_cut_off(opened, name):
+    tab = opened(f"{name}.html", width=1300)
+    widths = "nodes => nodes.filter(node => node.scrollWidth > node.clientWidth + 1).map(node => node.textContent.slice(0, 80))"
+    assert tab.locator("article pre").count() > 2 and tab.locator("article pre").evaluate_all(widths) == []
+    assert "\n\n\n\n" not in tab.locator("article .highlight pre").first.text_content()
+    keep(tab, f"{name.replace('/', '_')}_code", full_page=name == "index")
+
+
+@pytest.mark.parametrize("name", ["tutorials/first_hour", "explanations/methods", "lib/analysis.entropy", "lib/analysis.pca"])
+@pytest.mark.parametrize("width", [1300, 1000])
+def test_titles_of_figures_are_not_cut_off(opened, name, width):
+    tab = opened(f"{name}.html", width=width)
+    for figure in tab.locator(".plotly-figure").all():
+        figure.scroll_into_view_if_needed()
+        title = figure.locator("svg .gtitle").first
+        title.wait_for()
+        text, room = title.bounding_box(), figure.locator(".main-svg").first.bounding_box()
+        assert room["x"] <= text["x"] and text["x"] + text["width"] <= room["x"] + room["width"] + 1 and text["y"] >= room["y"]
+        keep(figure, f"{name.replace('/', '_')}_figure_{width}")
 
 
 def test_the_switch_of_the_theme_takes_figures_along(opened):

@@ -106,7 +106,7 @@ def spatial_entropy(
     values = np.where(number == 0, nothing, values / np.log(most))
     return torch.from_numpy(np.where(total <= 0, np.inf, values)).float().reshape(weights.shape[:-1])
 
-# %% ../../nbs/lib/73_analysis.entropy.ipynb #e078f8f9
+# %% ../../nbs/lib/73_analysis.entropy.ipynb #7db6a36f
 def steps_figure(
     weights: Tensor,  # (V,), one row
     grid: tuple[int, int],  # rows and columns of the one view
@@ -121,8 +121,8 @@ def steps_figure(
     unit = "nats" if "base" not in choices else f"log base {choices['base']:g}"
     unit = {"places": "of the log of their number", "grid": "of the grid's largest"}.get(choices.get("normalise"), unit)
     figure = blank_figure(title, f"{len(held)} connected places; H = {value:.3g} ({unit})", height=330)
-    span = f"1 weight ({float(weights.min()):.2g} to {float(weights.max()):.2g})"
-    names = [span, f"2 above the mean (to {above.max():.2g})", "3 connected places", "4 share of each (0 to 1)"]
+    names = [f"1 weight<br>({float(weights.min()):.2g} to {float(weights.max()):.2g})", f"2 above mean<br>(to {above.max():.2g})",
+             "3 connected<br>places", "4 share of<br>each (0 to 1)"]  # fmt: skip
     figure.set_subplots(rows=1, cols=4, horizontal_spacing=0.05, subplot_titles=names).update_annotations(font_size=13)
     numbers = np.where(places > 0, places, np.nan)
     for column, (values, scale) in enumerate(((weights.numpy(), "cividis"), (above, "cividis"), (numbers, ["#CFE3F1", "#56B4E9"])), start=1):
@@ -134,7 +134,7 @@ def steps_figure(
         figure.update_xaxes(visible=False, constrain="domain", row=1, col=column)
     figure.add_bar(x=[*range(1, len(held) + 1)], y=(held / total).round(4).tolist(), marker_color="#0072B2", showlegend=False, row=1, col=4)
     figure.update_xaxes(title="place", dtick=1, row=1, col=4).update_yaxes(rangemode="tozero", row=1, col=4)
-    return figure.update_layout(margin_t=110, margin_b=60)
+    return figure.update_layout(height=350, margin_t=130, margin_b=60)
 
 # %% ../../nbs/lib/73_analysis.entropy.ipynb #5d31e367
 def shuffled_patches(
