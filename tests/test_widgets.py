@@ -138,9 +138,9 @@ def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
     copy = shutil.copytree(runs, tmp_path / "runs")
     outside = shutil.copytree(runs / "toy" / "first", tmp_path / "outside" / "run")
     (copy / "linked").symlink_to(outside)
-    save_json({"data": str(runs / "data")}, copy / "toy" / "first" / "config.json")
-    save_json({"data": "runs/data"}, copy / "toy" / "second" / "config.json")
-    save_json({"records": "../../outside/secret.jsonl"}, copy / "toy" / "second" / "scores.json")
+    for name, records in (("first", "../../outside/secret.jsonl"), ("second", str(runs / "data" / "test.jsonl"))):
+        save_json({"data": "runs/data"}, copy / "toy" / name / "config.json")
+        save_json({"records": records}, copy / "toy" / name / "scores.json")
     session = Session(copy)
     assert session.names == ["toy/first", "toy/second", EMBEDDED]
     for name in ("../outside/run", str(outside), "linked", EMBEDDED):
@@ -149,6 +149,34 @@ def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
     for name in ("toy/first", "toy/second"):
         with pytest.raises(InputError, match="leads out of"):
             session.records(name)
+    save_json({"records": "test.jsonl"}, copy / "toy" / "first" / "scores.json")
+    lines = [json.loads(line) for line in (copy / "data" / "test.jsonl").read_text().splitlines()]
+    lines[0]["image"] = "../../outside/run/model/config.json"
+    (copy / "data" / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match="leads out of"):
+        widgets.recorded(session.records("toy/first"), 0)
+
+
+@pytest.mark.parametrize("served", ["runs", "runs/toy"])
+def test_data_are_found_from_whichever_folder_is_served(runs, tmp_path, monkeypatch, served):
+    "The config names them from the repository; the folder that is served may be runs/, or one experiment in it."
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "runs" / "data")
+    session = Session(tmp_path / served)
+    name = "toy/first" if served == "runs" else "first"
+    assert session.records(name).image_folder == copy / "data" and widgets.recorded(session.records(name), 0).known
+
+
+def test_data_named_in_other_ways(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs / "toy" / "first", tmp_path / "deep" / "first")
+    monkeypatch.chdir(runs.parent)
+    for name, expected in ((str(runs / "data"), runs / "data"), ("runs/data", runs / "data"), ("./runs/../runs/data", runs / "data")):
+        save_json({"data": name}, run / "config.json")
+        assert widgets.data_of(run) == expected
+    for config in ({}, {"data": "runs/nowhere"}, {"data": str(tmp_path / "nowhere")}):
+        save_json(config, run / "config.json")
+        with pytest.raises(InputError, match="no (data )?folder"):
+            widgets.data_of(run)
 
 
 def test_uploads_pass_the_check_of_every_picture():
