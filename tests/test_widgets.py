@@ -289,9 +289,11 @@ def lab(runs, browser, tmp_path_factory):
 @pytest.fixture(scope="module")
 def voila(runs, browser, tmp_path_factory):
     port = free_port()
-    command = [sys.executable, "-m", "aligned_mllm.apps", "--no-browser", "--port", str(port), "--runs", str(runs)]
-    with served(command, f"http://127.0.0.1:{port}/voila/", tmp_path_factory.mktemp("voila"), JUPYTER_TOKEN="only-here"):
+    command, folder = [sys.executable, "-m", "aligned_mllm.apps", "--no-browser", "--port", str(port), "--runs", str(runs)], tmp_path_factory.mktemp("voila")
+    with served(command, f"http://127.0.0.1:{port}/voila/", folder, JUPYTER_TOKEN="only-here"):
         yield f"http://127.0.0.1:{port}"
+    log = (folder / "server.log").read_text()
+    assert "Culling kernels with idle durations > 300 seconds at 60 second intervals" in log and "nrecognized" not in log, log[-2000:]
 
 
 class Window:
@@ -404,6 +406,22 @@ def test_ask_in_jupyterlab(browser, lab):
         window.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         window.says("Ready")
         use_ask(window, {"ready_s": round(time.time() - start, 1)})
+
+
+def test_the_first_page_leads_to_both_applications_and_asks_nobody_else(browser, voila):
+    with Window(browser, "start") as window:
+        window.page.goto(f"{voila}/?token=only-here")
+        assert [link.get_attribute("href") for link in window.page.locator("a").all()] == [
+            f"/voila/render/{name}.ipynb?token=only-here" for name in ("ask", "compare")]  # fmt: skip
+        keep(window.page, "start_1")
+        for name in ("Compare two runs", "Ask a checkpoint"):
+            window.page.get_by_role("link", name=name).click()
+            window.page.get_by_role("heading", name=name).wait_for()
+            window.page.get_by_role("link", name="all applications").click()
+            window.page.get_by_role("heading", name="aligned_mllm").wait_for()
+        window.page.goto(f"{voila}/voila/tree/nowhere")
+        window.page.goto(f"{voila}/voila/tree?classic-tree=true")
+        assert window.requests and all(url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests), window.requests
 
 
 def test_ask_as_an_application(browser, voila):
