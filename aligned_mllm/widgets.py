@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'SOURCES', 'WIDE', 'EVERY', 'Known', 'Picture', 'drawn', 'uploaded', 'recorded', 'runs_in', 'data_of',
            'Session', 'quiet_subject', 'caution', 'Token', 'Listener', 'Asked', 'with_answer', 'ask', 'looked', 'Look',
-           'picture_source', 'picture_layout', 'patch_places', 'attention_data', 'overlay_figure', 'Spoken', 'shade',
-           'spoken_html', 'Work', 'answer_button', 'Overlay', 'overlay_widget', 'figure_widget', 'patch_frame', 'Panel',
-           'Pair', 'ask_pair', 'answer_in', 'show_answer', 'look_at', 'read_patch', 'Picker', 'picture_from', 'Ask',
-           'checkpoint_choice', 'prepare', 'ask_all', 'both_answers', 'differing', 'short_names', 'curves_between',
-           'curves_of', 'Compare', 'read_runs', 'draw_curve', 'list_answers', 'look_inside']
+           'picture_source', 'picture_layout', 'patch_places', 'attention_data', 'overlay_figure', 'Spoken',
+           'special_share', 'shade', 'spoken_html', 'Work', 'answer_button', 'Overlay', 'overlay_widget',
+           'figure_widget', 'patch_frame', 'Panel', 'unknown_words', 'Pair', 'ask_pair', 'answer_in', 'show_answer',
+           'look_at', 'read_patch', 'Picker', 'picture_from', 'Ask', 'checkpoint_choice', 'first_two', 'prepare',
+           'ask_all', 'both_answers', 'differing', 'short_names', 'curves_between', 'curves_of', 'Compare', 'read_runs',
+           'draw_curve', 'list_answers', 'look_inside']
 
-# %% ../nbs/lib/81_widgets.ipynb #6a3f2ecf
+# %% ../nbs/lib/81_widgets.ipynb #b143ada9
 import base64
 import io
 import os
@@ -33,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from .analysis.attention import attention_rows
-from .analysis.lens import logit_lens, nearest_words
+from .analysis.lens import logit_lens, nearest_words, readable_tokens, readout
 from .analysis.subjects import Subject, load_subject
 from .core import InputError, data_folder, load_json, path_inside
 from .data.collate import IGNORED, PER_TOKEN, model_inputs
@@ -43,7 +44,7 @@ from .data.views import layout_of
 from .analysis.pca import pca_figure, pca_table
 from .evals.statistics import require_columns
 from .figures import blank_figure, escaped, styles_of, with_axes
-from .models.taps import decoder_layers
+from .models.taps import Taps, decoder_layers
 
 # %% ../nbs/lib/81_widgets.ipynb #cd0edc42
 @dataclass(frozen=True)
@@ -405,18 +406,38 @@ def overlay_figure(
     figure = go.Figure([attention_data(image, view, look)], picture_layout(image))
     return figure.update_layout(title_text=look.title if look else "click a token above, or a patch")
 
-# %% ../nbs/lib/81_widgets.ipynb #cbf90731
+# %% ../nbs/lib/81_widgets.ipynb #d5a60df7
 @dataclass(frozen=True, eq=False)
 class Spoken:
     "What every patch of a picture says to a checkpoint."
 
     words: pd.DataFrame  # model, patch, rank, token, cosine
     lens: pd.DataFrame  # model, layer, patch, rank, token, probability
+    special: Tensor  # (L + 1, V): the probability of special tokens, which the lens leaves out
 
     @classmethod
     def of(cls, subject: Subject, asked: Asked, top: int = 3) -> "Spoken":
         "The tables of one question's picture."
-        return cls(nearest_words(subject, asked.batch, top=top), logit_lens(subject, asked.batch, top=top))
+        return cls(nearest_words(subject, asked.batch, top=top), logit_lens(subject, asked.batch, top=top), special_share(subject, asked.batch))
+
+# %% ../nbs/lib/81_widgets.ipynb #34573d8c
+@torch.inference_mode()
+def special_share(
+    subject: Subject,
+    batch: dict,  # from this subject's `batch`: V visual tokens
+) -> Tensor:
+    "What the lens leaves out as no word: the probability of special tokens (and unused rows) after each layer, 0 the input: (L + 1, V). Raises InputError as `logit_lens`."
+    model, (norm, head, bound), shares = subject.model.eval(), readout(subject.model), []
+    layers = range(len(decoder_layers(model)) + 1)
+    with Taps(model, list(layers)) as taps:
+        model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
+    hidden = ~readable_tokens(subject.processor.tokenizer, head.weight.shape[0])
+    for layer in layers:
+        for states in taps.states(layer, batch["visual_mask"]).split(256):
+            logits = head(norm(states)).float()
+            logits = bound * torch.tanh(logits / bound) if bound else logits
+            shares.append(logits.softmax(-1)[:, hidden.to(logits.device)].sum(-1).cpu())
+    return torch.cat(shares).reshape(len(layers), -1)
 
 # %% ../nbs/lib/81_widgets.ipynb #399aeddb
 def shade(
@@ -427,7 +448,7 @@ def shade(
     ground = "#" + "".join(f"{round(255 + (end - 255) * value):02x}" for end in (0, 114, 178))
     return ground, "#ffffff" if value > 0.9 else "#1a1a1a"
 
-# %% ../nbs/lib/81_widgets.ipynb #46ec34c0
+# %% ../nbs/lib/81_widgets.ipynb #cfaf64c3
 def spoken_html(
     spoken: Spoken,
     patch: int,  # from 0
@@ -441,8 +462,11 @@ def spoken_html(
     for layer, rows in spoken.lens[spoken.lens.patch == patch].sort_values(["layer", "rank"]).groupby("layer"):
         looks = [(*shade(row.probability), escape(str(row.token)), row.probability) for row in rows.itertuples()]
         said = "".join(f"<td style='background:{back};color:{front};padding:1px 8px'>{token} {value:.0%}</td>" for back, front, token, value in looks)
-        lines.append(f"<tr><th style='text-align:right;padding:1px 8px;font-weight:normal'>{layer}</th>{said}</tr>")
-    head = "<th style='padding:1px 8px;font-weight:normal'>layer</th>" + "".join(f"<th style='font-weight:normal'>{rank}.</th>" for rank in sorted(words["rank"]))
+        special = float(spoken.special[layer, patch])
+        rest = "".join(f"<td style='text-align:right;padding:1px 8px'>{share:.0%}</td>" for share in (special, max(0.0, 1 - special - rows.probability.sum())))
+        lines.append(f"<tr><th style='text-align:right;padding:1px 8px;font-weight:normal'>{layer}</th>{said}{rest}</tr>")
+    names = ["layer", *(f"{rank}." for rank in sorted(words["rank"])), "not shown: special tokens", "other words"]
+    head = "".join(f"<th style='padding:1px 8px;font-weight:normal;vertical-align:bottom'>{name}</th>" for name in names)
     row, column = divmod(patch - start, columns)
     return (f"<div class='aligned-patch' style='line-height:1.45'><b>Patch {patch - start + 1}</b> (row {row + 1}, column {column + 1})<br>"
             f"nearest words (cosine): {near}<br>what each layer would say here (0: input):"
@@ -587,7 +611,7 @@ def patch_frame(
     x, y = place["x0"] + (column - 0.5) * place["dx"], place["y0"] + (row - 0.5) * place["dy"]
     return [{"type": "rect", "x0": x, "y0": y, "x1": x + place["dx"], "y1": y + place["dy"], "line": {"color": "#D55E00", "width": 3}}]
 
-# %% ../nbs/lib/81_widgets.ipynb #22ece47d
+# %% ../nbs/lib/81_widgets.ipynb #1fb0194e
 class Panel(widgets.VBox):
     "One checkpoint's column: name, answer, picture, and what a clicked patch says."
 
@@ -597,14 +621,14 @@ class Panel(widgets.VBox):
         on_patch: Callable,  # called with (panel, patch) when a patch is clicked
     ):
         self.name, self.on_token, self.asked, self.spoken = "", on_token, None, None
-        self.heading, self.said, self.patch = widgets.HTML(), widgets.HBox(layout={"flex_flow": "row wrap"}), widgets.HTML()
+        self.heading, self.said, self.patch, self.unknown = widgets.HTML(), widgets.HBox(layout={"flex_flow": "row wrap"}), widgets.HTML(), widgets.HTML()
         self.overlay = Overlay(lambda patch: on_patch(self, patch))
-        super().__init__([self.heading, self.said, self.overlay, self.patch], layout={"width": "400px", "max_width": "100%", "margin": "6px 12px 6px 0"})
+        super().__init__([self.heading, self.said, self.unknown, self.overlay, self.patch], layout={"width": "400px", "max_width": "100%", "margin": "6px 12px 6px 0"})
         self.add_class("aligned-panel")
 
     def begin(self, name: str, note: str = "") -> None:
         "Empty the column for a checkpoint; an empty name hides it."
-        self.name, self.asked, self.spoken, self.said.children, self.patch.value = name, None, None, (), ""
+        self.name, self.asked, self.spoken, self.said.children, self.patch.value, self.unknown.value = name, None, None, (), "", ""
         self.overlay.begin(None)
         self.layout.display = "" if name else "none"
         self.heading.value = f"<div style='line-height:1.35;overflow-wrap:anywhere'><b>{escape(name)}</b><br><span style='color:#8a4b00'>{escape(note)}</span></div>"
@@ -614,9 +638,10 @@ class Panel(widgets.VBox):
         index = len(self.said.children)
         self.said.children = (*self.said.children, answer_button(token, lambda _: self.on_token(self, index)))
 
-    def finish(self, asked: Asked) -> None:
-        "Show the picture that was asked about."
+    def finish(self, asked: Asked, unknown: Sequence[str] = ()) -> None:
+        "Show the picture that was asked about, and the words of the question that the checkpoint does not know."
         self.asked = asked
+        self.unknown.value = f"<span style='color:#8a4b00'>unknown to this model: {escape(', '.join(unknown))}</span>" if unknown else ""
         self.overlay.begin(asked)
 
     def choose(self, index: int) -> None:
@@ -628,6 +653,19 @@ class Panel(widgets.VBox):
         "Frame a patch, and show what it says."
         self.overlay.change(patch=patch)
         self.patch.value = spoken_html(self.spoken, patch, self.asked.views)
+
+# %% ../nbs/lib/81_widgets.ipynb #5e0d8ed3
+def unknown_words(
+    tokenizer,  # of transformers
+    question: str,
+) -> list[str]:
+    "The words of a question that the tokenizer turns into its unknown token, each once; none for one that has no such token."
+    unknown = tokenizer.unk_token_id
+    if unknown is None or not tokenizer.is_fast:  # only fast ones tell where a token comes from
+        return []
+    found = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+    spans = [span for number, span in zip(found["input_ids"], found["offset_mapping"]) if number == unknown]
+    return list(dict.fromkeys(question[start:end].strip() for start, end in spans if question[start:end].strip()))
 
 # %% ../nbs/lib/81_widgets.ipynb #fa3db975
 class Pair(widgets.VBox):
@@ -693,14 +731,14 @@ def answer_in(
     subject = session.subject(panel.name)
     return subject, ask(subject, picture, question, panel.hear)
 
-# %% ../nbs/lib/81_widgets.ipynb #e0f4ae9a
+# %% ../nbs/lib/81_widgets.ipynb #5a1a2b56
 def show_answer(
     panel: Panel,
     subject: Subject,  # who answered
     asked: Asked,
 ) -> tuple[int, int]:
     "Show the picture that was asked about; the numbers of the model's layers and heads."
-    panel.finish(asked)
+    panel.finish(asked, unknown_words(subject.processor.tokenizer, asked.question))
     return len(decoder_layers(subject.model)), subject.model.config.get_text_config().num_attention_heads
 
 # %% ../nbs/lib/81_widgets.ipynb #9fe682a4
@@ -823,14 +861,30 @@ class Ask(widgets.VBox):
 # %% ../nbs/lib/81_widgets.ipynb #01f93c21
 WIDE = {"width": "min(430px, 96%)"}  # of a line to fill in
 
-# %% ../nbs/lib/81_widgets.ipynb #bacbb789
+# %% ../nbs/lib/81_widgets.ipynb #e3411d95
 def checkpoint_choice(
     session: Session,
     description: str,
     none: bool = False,  # whether no checkpoint can be chosen
+    place: int = 0,  # which of `first_two` is chosen at first, where there are two
 ) -> widgets.Dropdown:
     "A list of the session's checkpoints to choose from."
-    return widgets.Dropdown(options=[*([("none", "")] if none else []), *((name, name) for name in session.names)], description=description, layout=WIDE)
+    options, two = [*([("none", "")] if none else []), *((name, name) for name in session.names)], first_two(session.names)
+    return widgets.Dropdown(options=options, value="" if none else two[min(place, len(two) - 1)], description=description, layout=WIDE)
+
+# %% ../nbs/lib/81_widgets.ipynb #efaab8de
+def first_two(
+    names: Sequence[str],  # of checkpoints, at least one
+) -> list[str]:
+    "The checkpoints to begin with: a plain run and, of the same folder if it can be, an aligned one; else the first two, blind ones last."
+    def ending(word: str, folder: str = "") -> list[str]:
+        found = [name for name in names if name.endswith(word)]
+        return sorted(found, key=lambda name: (name.rpartition("/")[0] != folder, len(name.rpartition("/")[2])))[:1] if folder else found[:1]
+
+    plain = ending("/plain") or ending("plain")
+    aligned = ending("viral", plain[0].rpartition("/")[0] if plain else "")
+    others = sorted(names, key=lambda name: (name.endswith("blind"), name == EMBEDDED))
+    return list(dict.fromkeys([*plain, *aligned, *others]))[:2]
 
 # %% ../nbs/lib/81_widgets.ipynb #db1b2cb1
 def prepare(
@@ -939,7 +993,7 @@ def curves_of(
                            line={"color": colour, "dash": dash, "width": 2.5}, marker={"symbol": symbol, "size": 7, "maxdisplayed": 14})  # fmt: skip
     return with_axes(figure, "training step", ["accuracy (%)" if percent else name])
 
-# %% ../nbs/lib/81_widgets.ipynb #e046e441
+# %% ../nbs/lib/81_widgets.ipynb #9642e147
 class Compare(widgets.VBox):
     "The application: two run folders side by side."
 
@@ -948,8 +1002,7 @@ class Compare(widgets.VBox):
         session: Session | None = None,  # the runs of the repository by default
     ):
         self.session, self.answers, self.curves = session or Session(), None, None
-        self.first, self.second = checkpoint_choice(self.session, "first run"), checkpoint_choice(self.session, "second run")
-        self.second.index = min(1, len(self.session.names) - 1)
+        self.first, self.second = checkpoint_choice(self.session, "first run"), checkpoint_choice(self.session, "second run", place=1)
         self.category = widgets.Dropdown(options=[EVERY], description="type", layout=WIDE)
         self.chosen = widgets.Select(rows=9, description="differing", layout={"width": "96%"})
         self.button = widgets.Button(description="Look inside", button_style="primary", layout={"margin": "2px 8px 2px 90px"})

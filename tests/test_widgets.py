@@ -106,6 +106,49 @@ def test_every_family_can_be_asked_and_looked_at(family):
     assert figure.data[0].z.shape == asked.views[-1][1:3]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_lens_does_not_show_is_the_rest_of_its_distribution(family):
+    subject = Subject(family, *tiny(family))
+    batch = subject.batch([Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))], "what is here ?")
+    tokenizer = subject.processor.tokenizer
+    words = int(widgets.readable_tokens(tokenizer, subject.model.get_output_embeddings().weight.shape[0]).sum())
+    lens = widgets.logit_lens(subject, batch, layers=[0, 1], top=words)  # every word that can be shown
+    expected = 1 - lens.groupby(["layer", "patch"]).probability.sum().to_numpy().reshape(2, -1)
+    found = widgets.special_share(subject, batch)
+    assert np.allclose(found[:2].numpy(), expected, atol=1e-3) and 0 < found.mean() < 1
+
+
+def test_special_tokens_that_hold_the_probability_are_said():
+    words = pd.DataFrame([(0, 1, "red", 0.5)], columns=["patch", "rank", "token", "cosine"])
+    lens = pd.DataFrame([(0, 0, 1, "red", 0.0125)], columns=["layer", "patch", "rank", "token", "probability"])
+    page = widgets.spoken_html(Spoken(words, lens, torch.tensor([[0.98]])), 0, [(0, 1, 1, ())])
+    assert "not shown: special tokens" in page and page.count("98%") == 1 and page.index("98%") > page.index("red 1%")
+
+
+def test_unknown_words_are_named(session):
+    tokenizer = session.subject("toy/first").processor.tokenizer
+    asked = "what weather in Paris , red circle , Paris"
+    expected = [word for word in dict.fromkeys(asked.split()) if tokenizer.convert_tokens_to_ids(word) == tokenizer.unk_token_id]
+    assert {"weather", "Paris"} <= set(expected) and not {"red", "circle"} & set(expected)
+    assert widgets.unknown_words(tokenizer, asked) == expected and widgets.unknown_words(tokenizer, "count red circle") == []
+    assert widgets.unknown_words(SimpleNamespace(unk_token_id=None), asked) == []
+    pair = widgets.Pair(session, Work(lambda: []))
+    widgets.ask_pair(pair, ["toy/first", EMBEDDED], widgets.drawn(1), "where weather circle")
+    assert all("unknown to this model: weather<" in panel.unknown.value for panel in pair.panels)
+    widgets.ask_pair(pair, ["toy/first"], widgets.drawn(1), "where red circle")
+    assert pair.panels[0].unknown.value == ""
+
+
+def test_the_first_choice_is_a_plain_and_an_aligned_run():
+    kinds = ("blind", "other_image", "plain", "stage1", "viral")
+    runs = [f"scenes_quick/seed{seed}/{kind}" for seed in range(2) for kind in kinds]
+    assert widgets.first_two([*runs, EMBEDDED]) == ["scenes_quick/seed0/plain", "scenes_quick/seed0/viral"]
+    assert widgets.first_two([name for name in [*runs, EMBEDDED] if name != runs[4]]) == ["scenes_quick/seed0/plain", "scenes_quick/seed1/viral"]
+    assert widgets.first_two(["blind", "one", "two", EMBEDDED]) == ["one", "two"] and widgets.first_two(["blind", "viral"]) == ["viral", "blind"]
+    chosen = SimpleNamespace(names=[*runs, EMBEDDED])
+    assert [widgets.checkpoint_choice(chosen, "run", place=place).value for place in (0, 1)] == widgets.first_two(chosen.names)
+
+
 def test_a_patch_is_drawn_where_its_view_lies():
     view = (4, 2, 3, (0.25, 0.5, 1.0, 1.0))  # four tokens before it, 2 x 3 patches of the picture's lower right
     (frame,) = widgets.patch_frame(Image.new("RGB", (80, 40)), view, 4 + 5)
@@ -198,10 +241,12 @@ def test_no_text_of_a_model_or_a_file_is_read_as_a_page(session, asked):
     lens = pd.DataFrame([(0, 0, 1, HOSTILE, 0.5)], columns=["layer", "patch", "rank", "token", "probability"])
     panel = widgets.Panel(print, print)
     panel.begin(HOSTILE, HOSTILE)
+    panel.overlay.begin = lambda asked: None
+    panel.finish(None, [HOSTILE])
     work = Work(lambda: [])
     work.say(HOSTILE)
     title = Look(Token(1, HOSTILE, 0.5), torch.ones(1, 1, 1)).title
-    for page in (widgets.spoken_html(Spoken(words, lens), 0, [(0, 1, 1, ())]), panel.heading.value, work.message.value, title):
+    for page in (widgets.spoken_html(Spoken(words, lens, torch.zeros(1, 1)), 0, [(0, 1, 1, ())]), panel.heading.value, panel.unknown.value, work.message.value, title):
         assert "<img" not in page and "&lt;img" in page
 
 
