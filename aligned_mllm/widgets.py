@@ -420,13 +420,13 @@ class Spoken:
         "The tables of one question's picture."
         return cls(nearest_words(subject, asked.batch, top=top), logit_lens(subject, asked.batch, top=top), special_share(subject, asked.batch))
 
-# %% ../nbs/lib/81_widgets.ipynb #34573d8c
+# %% ../nbs/lib/81_widgets.ipynb #2b930a3a
 @torch.inference_mode()
 def special_share(
     subject: Subject,
     batch: dict,  # from this subject's `batch`: V visual tokens
 ) -> Tensor:
-    "What the lens leaves out as no word: the probability of special tokens (and unused rows) after each layer, 0 the input: (L + 1, V). Raises InputError as `logit_lens`."
+    "The probability of what the lens leaves out as no word, special tokens and unused rows, after each layer (0: input): (L + 1, V). Raises as the lens."
     model, (norm, head, bound), shares = subject.model.eval(), readout(subject.model), []
     layers = range(len(decoder_layers(model)) + 1)
     with Taps(model, list(layers)) as taps:
@@ -611,7 +611,7 @@ def patch_frame(
     x, y = place["x0"] + (column - 0.5) * place["dx"], place["y0"] + (row - 0.5) * place["dy"]
     return [{"type": "rect", "x0": x, "y0": y, "x1": x + place["dx"], "y1": y + place["dy"], "line": {"color": "#D55E00", "width": 3}}]
 
-# %% ../nbs/lib/81_widgets.ipynb #1fb0194e
+# %% ../nbs/lib/81_widgets.ipynb #af1e60a3
 class Panel(widgets.VBox):
     "One checkpoint's column: name, answer, picture, and what a clicked patch says."
 
@@ -621,7 +621,7 @@ class Panel(widgets.VBox):
         on_patch: Callable,  # called with (panel, patch) when a patch is clicked
     ):
         self.name, self.on_token, self.asked, self.spoken = "", on_token, None, None
-        self.heading, self.said, self.patch, self.unknown = widgets.HTML(), widgets.HBox(layout={"flex_flow": "row wrap"}), widgets.HTML(), widgets.HTML()
+        self.heading, self.unknown, self.patch, self.said = *(widgets.HTML() for _ in range(3)), widgets.HBox(layout={"flex_flow": "row wrap"})
         self.overlay = Overlay(lambda patch: on_patch(self, patch))
         super().__init__([self.heading, self.said, self.unknown, self.overlay, self.patch], layout={"width": "400px", "max_width": "100%", "margin": "6px 12px 6px 0"})
         self.add_class("aligned-panel")
@@ -638,10 +638,9 @@ class Panel(widgets.VBox):
         index = len(self.said.children)
         self.said.children = (*self.said.children, answer_button(token, lambda _: self.on_token(self, index)))
 
-    def finish(self, asked: Asked, unknown: Sequence[str] = ()) -> None:
-        "Show the picture that was asked about, and the words of the question that the checkpoint does not know."
+    def finish(self, asked: Asked) -> None:
+        "Show the picture that was asked about."
         self.asked = asked
-        self.unknown.value = f"<span style='color:#8a4b00'>unknown to this model: {escape(', '.join(unknown))}</span>" if unknown else ""
         self.overlay.begin(asked)
 
     def choose(self, index: int) -> None:
@@ -731,14 +730,16 @@ def answer_in(
     subject = session.subject(panel.name)
     return subject, ask(subject, picture, question, panel.hear)
 
-# %% ../nbs/lib/81_widgets.ipynb #5a1a2b56
+# %% ../nbs/lib/81_widgets.ipynb #fb67292c
 def show_answer(
     panel: Panel,
     subject: Subject,  # who answered
     asked: Asked,
 ) -> tuple[int, int]:
-    "Show the picture that was asked about; the numbers of the model's layers and heads."
-    panel.finish(asked, unknown_words(subject.processor.tokenizer, asked.question))
+    "Show the picture that was asked about, and the question's words that the model does not know; the numbers of its layers and heads."
+    panel.finish(asked)
+    unknown = unknown_words(subject.processor.tokenizer, asked.question)
+    panel.unknown.value = f"<span style='color:#8a4b00'>unknown to this model: {escape(', '.join(unknown))}</span>" if unknown else ""
     return len(decoder_layers(subject.model)), subject.model.config.get_text_config().num_attention_heads
 
 # %% ../nbs/lib/81_widgets.ipynb #9fe682a4

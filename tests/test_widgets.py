@@ -241,13 +241,13 @@ def test_no_text_of_a_model_or_a_file_is_read_as_a_page(session, asked):
     lens = pd.DataFrame([(0, 0, 1, HOSTILE, 0.5)], columns=["layer", "patch", "rank", "token", "probability"])
     panel = widgets.Panel(print, print)
     panel.begin(HOSTILE, HOSTILE)
-    panel.overlay.begin = lambda asked: None
-    panel.finish(None, [HOSTILE])
+    widgets.show_answer(SimpleNamespace(finish=print, unknown=panel.unknown), session.subject("toy/first"), SimpleNamespace(question=HOSTILE))
     work = Work(lambda: [])
     work.say(HOSTILE)
     title = Look(Token(1, HOSTILE, 0.5), torch.ones(1, 1, 1)).title
-    for page in (widgets.spoken_html(Spoken(words, lens, torch.zeros(1, 1)), 0, [(0, 1, 1, ())]), panel.heading.value, panel.unknown.value, work.message.value, title):
+    for page in (widgets.spoken_html(Spoken(words, lens, torch.zeros(1, 1)), 0, [(0, 1, 1, ())]), panel.heading.value, work.message.value, title):
         assert "<img" not in page and "&lt;img" in page
+    assert "&lt;" in panel.unknown.value and "<img" not in panel.unknown.value
 
 
 def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeypatch):
