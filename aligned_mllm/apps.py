@@ -22,7 +22,7 @@ def apps_folder() -> Path:
         raise InputError(f"no ask.ipynb in {folder}", "the repository's nbs/apps beside its data", "install with 'pip install -e .' in a clone")
     return folder
 
-# %% ../nbs/lib/83_apps.ipynb #2bfe0c84
+# %% ../nbs/lib/83_apps.ipynb #6fec1c99
 def voila_command(
     port: int,  # to listen on
     browser: bool,  # whether to open a browser
@@ -32,7 +32,8 @@ def voila_command(
         raise InputError(f"port {port}", "1 to 65535", "choose another one")
     folder = apps_folder()
     options = ["--Voila.ip=127.0.0.1", f"--Voila.port={port}", "--Voila.auto_token=True", f"--Voila.open_browser={browser}",
-               "--VoilaConfiguration.file_denylist=.*", "--VoilaConfiguration.template=offline"]  # fmt: skip
+               "--VoilaConfiguration.file_denylist=.*", "--VoilaConfiguration.template=offline", "--MappingKernelManager.cull_idle_timeout=300",
+               "--MappingKernelManager.cull_interval=60", "--MappingKernelManager.cull_connected=False"]  # fmt: skip
     places = [str(folder), *filter(None, [os.environ.get("JUPYTER_PATH")])]
     return [sys.executable, "-m", "voila", str(folder), *options], {"JUPYTER_PATH": os.pathsep.join(places)}
 

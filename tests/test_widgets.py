@@ -106,6 +106,49 @@ def test_every_family_can_be_asked_and_looked_at(family):
     assert figure.data[0].z.shape == asked.views[-1][1:3]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_lens_does_not_show_is_the_rest_of_its_distribution(family):
+    subject = Subject(family, *tiny(family))
+    batch = subject.batch([Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))], "what is here ?")
+    tokenizer = subject.processor.tokenizer
+    words = int(widgets.readable_tokens(tokenizer, subject.model.get_output_embeddings().weight.shape[0]).sum())
+    lens = widgets.logit_lens(subject, batch, layers=[0, 1], top=words)  # every word that can be shown
+    expected = 1 - lens.groupby(["layer", "patch"]).probability.sum().to_numpy().reshape(2, -1)
+    found = widgets.special_share(subject, batch)
+    assert np.allclose(found[:2].numpy(), expected, atol=1e-3) and 0 < found.mean() < 1
+
+
+def test_special_tokens_that_hold_the_probability_are_said():
+    words = pd.DataFrame([(0, 1, "red", 0.5)], columns=["patch", "rank", "token", "cosine"])
+    lens = pd.DataFrame([(0, 0, 1, "red", 0.0125)], columns=["layer", "patch", "rank", "token", "probability"])
+    page = widgets.spoken_html(Spoken(words, lens, torch.tensor([[0.98]])), 0, [(0, 1, 1, ())])
+    assert "not shown: special tokens" in page and page.count("98%") == 1 and page.index("98%") > page.index("red 1%")
+
+
+def test_unknown_words_are_named(session):
+    tokenizer = session.subject("toy/first").processor.tokenizer
+    asked = "what weather in Paris , red circle , Paris"
+    expected = [word for word in dict.fromkeys(asked.split()) if tokenizer.convert_tokens_to_ids(word) == tokenizer.unk_token_id]
+    assert {"weather", "Paris"} <= set(expected) and not {"red", "circle"} & set(expected)
+    assert widgets.unknown_words(tokenizer, asked) == expected and widgets.unknown_words(tokenizer, "count red circle") == []
+    assert widgets.unknown_words(SimpleNamespace(unk_token_id=None), asked) == []
+    pair = widgets.Pair(session, Work(lambda: []))
+    widgets.ask_pair(pair, ["toy/first", EMBEDDED], widgets.drawn(1), "where weather circle")
+    assert all("unknown to this model: weather<" in panel.unknown.value for panel in pair.panels)
+    widgets.ask_pair(pair, ["toy/first"], widgets.drawn(1), "where red circle")
+    assert pair.panels[0].unknown.value == ""
+
+
+def test_the_first_choice_is_a_plain_and_an_aligned_run():
+    kinds = ("blind", "other_image", "plain", "stage1", "viral")
+    runs = [f"scenes_quick/seed{seed}/{kind}" for seed in range(2) for kind in kinds]
+    assert widgets.first_two([*runs, EMBEDDED]) == ["scenes_quick/seed0/plain", "scenes_quick/seed0/viral"]
+    assert widgets.first_two([name for name in [*runs, EMBEDDED] if name != runs[4]]) == ["scenes_quick/seed0/plain", "scenes_quick/seed1/viral"]
+    assert widgets.first_two(["blind", "one", "two", EMBEDDED]) == ["one", "two"] and widgets.first_two(["blind", "viral"]) == ["viral", "blind"]
+    chosen = SimpleNamespace(names=[*runs, EMBEDDED])
+    assert [widgets.checkpoint_choice(chosen, "run", place=place).value for place in (0, 1)] == widgets.first_two(chosen.names)
+
+
 def test_a_patch_is_drawn_where_its_view_lies():
     view = (4, 2, 3, (0.25, 0.5, 1.0, 1.0))  # four tokens before it, 2 x 3 patches of the picture's lower right
     (frame,) = widgets.patch_frame(Image.new("RGB", (80, 40)), view, 4 + 5)
@@ -138,9 +181,9 @@ def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
     copy = shutil.copytree(runs, tmp_path / "runs")
     outside = shutil.copytree(runs / "toy" / "first", tmp_path / "outside" / "run")
     (copy / "linked").symlink_to(outside)
-    save_json({"data": str(runs / "data")}, copy / "toy" / "first" / "config.json")
-    save_json({"data": "runs/data"}, copy / "toy" / "second" / "config.json")
-    save_json({"records": "../../outside/secret.jsonl"}, copy / "toy" / "second" / "scores.json")
+    for name, records in (("first", "../../outside/secret.jsonl"), ("second", str(runs / "data" / "test.jsonl"))):
+        save_json({"data": "runs/data"}, copy / "toy" / name / "config.json")
+        save_json({"records": records}, copy / "toy" / name / "scores.json")
     session = Session(copy)
     assert session.names == ["toy/first", "toy/second", EMBEDDED]
     for name in ("../outside/run", str(outside), "linked", EMBEDDED):
@@ -149,6 +192,34 @@ def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
     for name in ("toy/first", "toy/second"):
         with pytest.raises(InputError, match="leads out of"):
             session.records(name)
+    save_json({"records": "test.jsonl"}, copy / "toy" / "first" / "scores.json")
+    lines = [json.loads(line) for line in (copy / "data" / "test.jsonl").read_text().splitlines()]
+    lines[0]["image"] = "../../outside/run/model/config.json"
+    (copy / "data" / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match="leads out of"):
+        widgets.recorded(session.records("toy/first"), 0)
+
+
+@pytest.mark.parametrize("served", ["runs", "runs/toy"])
+def test_data_are_found_from_whichever_folder_is_served(runs, tmp_path, monkeypatch, served):
+    "The config names them from the repository; the folder that is served may be runs/, or one experiment in it."
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "runs" / "data")
+    session = Session(tmp_path / served)
+    name = "toy/first" if served == "runs" else "first"
+    assert session.records(name).image_folder == copy / "data" and widgets.recorded(session.records(name), 0).known
+
+
+def test_data_named_in_other_ways(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs / "toy" / "first", tmp_path / "deep" / "first")
+    monkeypatch.chdir(runs.parent)
+    for name, expected in ((str(runs / "data"), runs / "data"), ("runs/data", runs / "data"), ("./runs/../runs/data", runs / "data")):
+        save_json({"data": name}, run / "config.json")
+        assert widgets.data_of(run) == expected
+    for config in ({}, {"data": "runs/nowhere"}, {"data": str(tmp_path / "nowhere")}):
+        save_json(config, run / "config.json")
+        with pytest.raises(InputError, match="no (data )?folder"):
+            widgets.data_of(run)
 
 
 def test_uploads_pass_the_check_of_every_picture():
@@ -170,11 +241,13 @@ def test_no_text_of_a_model_or_a_file_is_read_as_a_page(session, asked):
     lens = pd.DataFrame([(0, 0, 1, HOSTILE, 0.5)], columns=["layer", "patch", "rank", "token", "probability"])
     panel = widgets.Panel(print, print)
     panel.begin(HOSTILE, HOSTILE)
+    widgets.show_answer(SimpleNamespace(finish=print, unknown=panel.unknown), session.subject("toy/first"), SimpleNamespace(question=HOSTILE))
     work = Work(lambda: [])
     work.say(HOSTILE)
     title = Look(Token(1, HOSTILE, 0.5), torch.ones(1, 1, 1)).title
-    for page in (widgets.spoken_html(Spoken(words, lens), 0, [(0, 1, 1, ())]), panel.heading.value, work.message.value, title):
+    for page in (widgets.spoken_html(Spoken(words, lens, torch.zeros(1, 1)), 0, [(0, 1, 1, ())]), panel.heading.value, work.message.value, title):
         assert "<img" not in page and "&lt;img" in page
+    assert "&lt;" in panel.unknown.value and "<img" not in panel.unknown.value
 
 
 def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeypatch):
@@ -261,9 +334,11 @@ def lab(runs, browser, tmp_path_factory):
 @pytest.fixture(scope="module")
 def voila(runs, browser, tmp_path_factory):
     port = free_port()
-    command = [sys.executable, "-m", "aligned_mllm.apps", "--no-browser", "--port", str(port), "--runs", str(runs)]
-    with served(command, f"http://127.0.0.1:{port}/voila/", tmp_path_factory.mktemp("voila"), JUPYTER_TOKEN="only-here"):
+    command, folder = [sys.executable, "-m", "aligned_mllm.apps", "--no-browser", "--port", str(port), "--runs", str(runs)], tmp_path_factory.mktemp("voila")
+    with served(command, f"http://127.0.0.1:{port}/voila/", folder, JUPYTER_TOKEN="only-here"):
         yield f"http://127.0.0.1:{port}"
+    log = (folder / "server.log").read_text()
+    assert "Culling kernels with idle durations > 300 seconds at 60 second intervals" in log and "nrecognized" not in log, log[-2000:]
 
 
 class Window:
@@ -376,6 +451,22 @@ def test_ask_in_jupyterlab(browser, lab):
         window.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         window.says("Ready")
         use_ask(window, {"ready_s": round(time.time() - start, 1)})
+
+
+def test_the_first_page_leads_to_both_applications_and_asks_nobody_else(browser, voila):
+    with Window(browser, "start") as window:
+        window.page.goto(f"{voila}/?token=only-here")
+        assert [link.get_attribute("href") for link in window.page.locator("a").all()] == [
+            f"/voila/render/{name}.ipynb?token=only-here" for name in ("ask", "compare")]  # fmt: skip
+        keep(window.page, "start_1")
+        for name in ("Compare two runs", "Ask a checkpoint"):
+            window.page.get_by_role("link", name=name).click()
+            window.page.get_by_role("heading", name=name).wait_for()
+            window.page.get_by_role("link", name="all applications").click()
+            window.page.get_by_role("heading", name="aligned_mllm").wait_for()
+        window.page.goto(f"{voila}/voila/tree/nowhere")
+        window.page.goto(f"{voila}/voila/tree?classic-tree=true")
+        assert window.requests and all(url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests), window.requests
 
 
 def test_ask_as_an_application(browser, voila):
