@@ -36,18 +36,19 @@ docs: .venv/ready  ## build the documentation: _docs/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site
 
 test: .venv/ready browser  ## everything that must hold: documentation, notebooks, tests, export
-	$(MAKE) -j2 --no-print-directory tests-long docs tests-pages tests-short notebooks
+	$(MAKE) -j2 --no-print-directory tests-long tests-pages tests-short notebooks
 
 LONG := tests/test_train.py tests/test_experiment.py tests/test_distributed.py
 PAGES := tests/test_widgets.py tests/test_site.py tests/test_export.py tests/test_features.py tests/test_cknna.py
 tests-long:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(LONG)
-tests-pages: docs
+tests-pages:
+	$(MAKE) --no-print-directory docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(PAGES)
 tests-short:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 tests $(LONG:%=--ignore=%) $(PAGES:%=--ignore=%)
-notebooks: docs
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^tutorials$$'  # docs has executed these
+notebooks:
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^tutorials$$'  # docs executes these
 
 browser: .venv/ready
 	@command -v chromium >/dev/null || $(BIN)/playwright install chromium || echo "No Chromium: the browser tests will be skipped"
