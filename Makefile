@@ -30,7 +30,7 @@ lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARG
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(ARGS)
 
 app: .venv/ready  ## ask a checkpoint, compare two runs: widgets in a browser window, on this machine only (ARGS="--port 9999 --runs folder")
-	$(BIN)/python -m aligned_mllm.apps $(ARGS)
+	$(BIN)/python -m aligned_mllm.apps.serve $(ARGS)
 
 docs: .venv/ready  ## build the documentation: _docs/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site

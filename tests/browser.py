@@ -16,7 +16,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = Path(sys.executable).parent
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 ARTEFACTS = ROOT / "build" / "screenshots"
 
 
@@ -29,14 +36,33 @@ def free_port() -> int:
 @contextmanager
 def served(command: list[str], address: str, folder: Path, **environment: str) -> Iterator[None]:
     "Run a server until it answers at `address`, and end it afterwards."
-    names = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR")
+    names = (
+        "HOME",
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "IPYTHONDIR",
+        "JUPYTERLAB_SETTINGS_DIR",
+    )
     places = {name: str(folder / name.lower()) for name in names}
     for place in places.values():
         Path(place).mkdir(parents=True, exist_ok=True)
-    news = Path(places["JUPYTERLAB_SETTINGS_DIR"], "@jupyterlab", "apputils-extension", "notification.jupyterlab-settings")
+    news = Path(
+        places["JUPYTERLAB_SETTINGS_DIR"],
+        "@jupyterlab",
+        "apputils-extension",
+        "notification.jupyterlab-settings",
+    )
     news.parent.mkdir(parents=True, exist_ok=True)
     news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    settings = {**os.environ, **places, "PATH": f"{COMMANDS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    settings = {
+        **os.environ,
+        **places,
+        "PATH": f"{COMMANDS}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **environment,
+    }
     with open(folder / "server.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=settings, cwd=ROOT)
     try:
@@ -65,7 +91,9 @@ def served(command: list[str], address: str, folder: Path, **environment: str) -
 @contextmanager
 def chromium() -> Iterator:
     "A headless Chromium; the test is skipped, and says so, where there is none."
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: nothing was looked at in a browser")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright: nothing was looked at in a browser"
+    )
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with playwright.sync_playwright() as context:
         if found is None and not os.path.exists(context.chromium.executable_path):

@@ -9,22 +9,54 @@ from pathlib import Path
 import pytest
 
 from aligned_mllm.core import data_folder
-from aligned_mllm.data.scenes import Sizes, write_scenes
+from aligned_mllm.worlds.scenes import Sizes, write_scenes
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def train_command(recipe: str, data: Path, output: Path, *settings: str, processes: int = 1) -> list[str]:
-    "`accelerate launch -m aligned_mllm.train ...`, on CPU. With --cpu alone accelerate starts one process, however many are asked for."
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu" if processes > 1 else "--cpu",
-              "--num_processes", str(processes), "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "aligned_mllm.train"]  # fmt: skip
+    """`accelerate launch -m aligned_mllm.training.run ...`, on CPU. With --cpu alone accelerate starts
+    one process, however many are asked for."""
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu" if processes > 1 else "--cpu",
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "aligned_mllm.training.run",
+    ]
     settings = (*settings, "use_cpu=true")
-    return [*launch, "--recipe", recipe, "--data", str(data), "--output", str(output), *(part for text in settings for part in ("--set", text))]
+    return [
+        *launch,
+        "--recipe",
+        recipe,
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        *(part for text in settings for part in ("--set", text)),
+    ]
 
 
 def train(*arguments, processes: int = 1, **keywords) -> subprocess.CompletedProcess:
-    return subprocess.run(train_command(*arguments, processes=processes), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **keywords)
+    return subprocess.run(
+        train_command(*arguments, processes=processes),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **keywords,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +67,17 @@ def parts() -> Path:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> Path:
     "Drawn scenes, few of them."
-    return write_scenes(tmp_path_factory.mktemp("scenes") / "data", 0, Sizes(train=120, captions=96, validation=20, test=20))
+    return write_scenes(
+        tmp_path_factory.mktemp("scenes") / "data", 0, Sizes(train=120, captions=96, validation=20, test=20)
+    )
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    "Says aloud, also under -q, which processors were not real: without torchvision transformers has no video processors, without num2words no SmolVLM processor."
+    """Says aloud, also under -q, which processors were not real: without torchvision transformers has no
+    video processors, without num2words no SmolVLM processor."""
     missing = [name for name in ("torchvision", "num2words") if find_spec(name) is None]
     if missing:
-        terminalreporter.write_line(f"{' and '.join(missing)} not installed: processors with a video part were tested with a STAND-IN for it, pictures only", yellow=True)
+        terminalreporter.write_line(
+            f"{' and '.join(missing)} not installed: processors with a video part were tested with a STAND-IN for it, pictures only",
+            yellow=True,
+        )

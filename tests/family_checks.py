@@ -1,6 +1,6 @@
-"""What is checked of every family of models, on tiny random ones: used by the tests and by the page that lists the families.
-
-Every check takes a family's name and returns what it measured, in words; it fails by assertion."""
+"""What is checked of every family of models, on tiny random ones: used by the tests and by the page that
+lists the families. Every check takes a family's name and returns what it measured, in words; it fails by
+assertion."""
 
 import tempfile
 
@@ -11,7 +11,14 @@ from tiny_models import tiny
 
 from aligned_mllm.data.collate import IGNORED, Collator, encode, model_inputs
 from aligned_mllm.data.records import Record, Turn
-from aligned_mllm.models.compose import STAGES, add_lora, parameter_audit, parameters_by_part, parts_of, train_only
+from aligned_mllm.models.compose import (
+    STAGES,
+    add_lora,
+    parameter_audit,
+    parameters_by_part,
+    parts_of,
+    train_only,
+)
 from aligned_mllm.models.taps import Taps, decoder_layers
 
 SIZES = [(150, 100), (70, 110), (97, 97)]  # width and height in pixels
@@ -24,7 +31,10 @@ def photo(seed: int, size: tuple[int, int]) -> Image.Image:
 
 
 def record(images: int) -> Record:
-    turns = (Turn("<image>" * images + "what is above", "two red towers", ""), Turn("where is the circle", "left", ""))
+    turns = (
+        Turn("<image>" * images + "what is above", "two red towers", ""),
+        Turn("where is the circle", "left", ""),
+    )
     return Record(f"{images} pictures", tuple(f"{index}.png" for index in range(images)), turns, "")
 
 
@@ -49,36 +59,54 @@ def first_states(model, batch: dict) -> torch.Tensor:
 
 
 def positions(family: str) -> str:
-    "The states at visual positions are the model's own image features, in order; placeholders that are left out hold the newline vector."
+    """The states at visual positions are the model's own image features, in order; placeholders that are
+    left out hold the newline vector."""
     model, processor = tiny(family)
     batch = mixed(processor)
-    states, placeholders = first_states(model, batch), batch["input_ids"] == model.config.image_token_id
+    states = first_states(model, batch)
+    placeholders = batch["input_ids"] == model.config.image_token_id
     pictures = {
-        name: value for name, value in model_inputs(batch).items() if name not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        name: value
+        for name, value in model_inputs(batch).items()
+        if name not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
     }
     with torch.no_grad():
         features = model.get_image_features(**pictures).pooler_output
-    features = torch.cat([part.flatten(0, -2) for part in features]) if isinstance(features, (list, tuple)) else features.flatten(0, -2)
+    features = (
+        torch.cat([part.flatten(0, -2) for part in features])
+        if isinstance(features, (list, tuple))
+        else features.flatten(0, -2)
+    )
     assert torch.allclose(states[placeholders], features, atol=1e-5)
-    assert batch["visual_mask"].sum() == batch["grids"].prod(1).sum() > 0 and not (batch["visual_mask"] & ~placeholders).any()
+    assert (
+        batch["visual_mask"].sum() == batch["grids"].prod(1).sum() > 0
+        and not (batch["visual_mask"] & ~placeholders).any()
+    )
     left_out = states[placeholders & ~batch["visual_mask"]]
     if len(left_out):
         assert torch.allclose(left_out, model.model.image_newline.expand_as(left_out))
-    assert batch["view_of"].tolist() == sorted(batch["view_of"].tolist()) and set(batch["view_of"].tolist()) == {0, 1, 2}
+    assert batch["view_of"].tolist() == sorted(batch["view_of"].tolist()) and set(
+        batch["view_of"].tolist()
+    ) == {0, 1, 2}
     return f"{int(batch['visual_mask'].sum())} visual tokens in {len(batch['grids'])} views of 3 pictures" + (
         f", {len(left_out)} newlines" if len(left_out) else ""
     )
 
 
 def places(family: str, mirrored: bool = False, tries: int = 12) -> str:
-    "Painting over the place that a token is said to show changes this token most, among its view's. `mirrored` claims the wrong places, and must fail."
+    """Painting over the place that a token is said to show changes this token most, among its view's.
+    `mirrored` claims the wrong places, and must fail."""
     model, processor = tiny(family)
-    generator, checked, views = np.random.default_rng(0), 0, 0
+    generator = np.random.default_rng(0)
+    checked = 0
+    views = 0
     for seed, size in enumerate(SIZES):
         picture = photo(seed, size)
         plain = sample(processor, [picture])
-        grids, starts = plain["grids"].tolist(), [0, *plain["grids"].prod(1).cumsum(0).tolist()]
-        tokens, changed = [], [plain]
+        grids = plain["grids"].tolist()
+        starts = [0, *plain["grids"].prod(1).cumsum(0).tolist()]
+        tokens = []
+        changed = [plain]
         for view in [*range(len(grids)), *generator.integers(0, len(grids), max(0, tries - len(grids)))]:
             row, column = (int(generator.integers(0, count)) for count in grids[view])
             left, top, right, bottom = plain["boxes"][view].tolist()
@@ -93,7 +121,11 @@ def places(family: str, mirrored: bool = False, tries: int = 12) -> str:
                 continue  # padding, or a patch at the edge
             painted = picture.copy()
             ImageDraw.Draw(painted).rectangle(
-                [(edges[0, 0] * size[0], edges[1, 0] * size[1]), (edges[0, 1] * size[0] - 1, edges[1, 1] * size[1] - 1)], fill=(255, 0, 255)
+                [
+                    (edges[0, 0] * size[0], edges[1, 0] * size[1]),
+                    (edges[0, 1] * size[0] - 1, edges[1, 1] * size[1] - 1),
+                ],
+                fill=(255, 0, 255),
             )
             changed.append(sample(processor, [painted]))
             tokens.append((view, row * grids[view][1] + column))
@@ -101,8 +133,11 @@ def places(family: str, mirrored: bool = False, tries: int = 12) -> str:
         states = first_states(model, batch)[batch["visual_mask"]].unflatten(0, (len(changed), -1))
         difference = (states[1:] - states[0]).norm(dim=-1)
         for (view, token), row in zip(tokens, difference):
-            assert int(row[starts[view] : starts[view + 1]].argmax()) == token, f"{family}, picture {size}: view {view}, token {token}"
-        checked, views = checked + len(tokens), views + len(grids)
+            assert int(row[starts[view] : starts[view + 1]].argmax()) == token, (
+                f"{family}, picture {size}: view {view}, token {token}"
+            )
+        checked = checked + len(tokens)
+        views = views + len(grids)
     assert checked >= 12
     return f"{checked} tokens of {views} views"
 
@@ -110,8 +145,15 @@ def places(family: str, mirrored: bool = False, tries: int = 12) -> str:
 def pictures_apart(family: str) -> str:
     "Another second picture changes the visual tokens of that picture, and no others, on the way in."
     model, processor = tiny(family)
-    one, other = (Collator(processor.tokenizer.pad_token_id)([sample(processor, [photo(0, SIZES[0]), photo(seed, SIZES[1])]), sample(processor, [photo(2, SIZES[2])])])
-                  for seed in (1, 9))  # fmt: skip
+    one, other = (
+        Collator(processor.tokenizer.pad_token_id)(
+            [
+                sample(processor, [photo(0, SIZES[0]), photo(seed, SIZES[1])]),
+                sample(processor, [photo(2, SIZES[2])]),
+            ]
+        )
+        for seed in (1, 9)
+    )
     moved = (first_states(model, one) - first_states(model, other)).abs().amax(-1)[one["visual_mask"]] > 1e-6
     picture = one["view_of"].repeat_interleave(one["grids"].prod(1))
     assert moved[picture == 1].float().mean() > 0.95 and not moved[picture != 1].any()
@@ -121,9 +163,11 @@ def pictures_apart(family: str) -> str:
 def labels(family: str) -> str:
     "Exactly the answers and their end-of-turn tokens are learnt, in samples with two, one and no pictures."
     _, processor = tiny(family)
-    batch, texts = mixed(processor), set()
+    batch = mixed(processor)
+    texts = set()
     for row in batch["labels"]:
-        pieces, last = [], -2
+        pieces = []
+        last = -2
         for place in (row != IGNORED).nonzero()[:, 0].tolist():
             pieces = pieces if place == last + 1 else [*pieces, []]
             pieces[-1].append(int(row[place]))
@@ -131,7 +175,11 @@ def labels(family: str) -> str:
         texts.add(tuple(processor.tokenizer.decode(piece).strip() for piece in pieces))
     (learnt,) = texts
     closing = learnt[1].removeprefix("left").strip()
-    assert closing in processor.tokenizer.get_vocab() and learnt == (learnt[0], f"left{learnt[1][4:]}") and learnt[0].startswith("two red towers")
+    assert (
+        closing in processor.tokenizer.get_vocab()
+        and learnt == (learnt[0], f"left{learnt[1][4:]}")
+        and learnt[0].startswith("two red towers")
+    )
     assert learnt[0].removeprefix("two red towers").strip() == closing
     prompt = sample(processor, [photo(0, SIZES[0])], with_last_answer=False)
     whole = sample(processor, [photo(0, SIZES[0])])
@@ -139,12 +187,19 @@ def labels(family: str) -> str:
     return f"answers with {closing}"
 
 
-def loss_of(model, head: torch.nn.Module, batch: dict, target: torch.Tensor, layer: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    "Mean cross-entropy of the answers, and minus the mean cosine of a layer's visual states, through `head`, with `target`."
+def loss_of(
+    model, head: torch.nn.Module, batch: dict, target: torch.Tensor, layer: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy of the answers, and minus the mean cosine of a layer's visual states, through
+    `head`, with `target`."""
     with Taps(model, [layer]) as taps:
         logits = model(**model_inputs(batch)).logits
-    text = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
-    return text, -torch.nn.functional.cosine_similarity(head(taps.states(layer, batch["visual_mask"])), target, dim=-1).mean()
+    text = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
+    )
+    return text, -torch.nn.functional.cosine_similarity(
+        head(taps.states(layer, batch["visual_mask"])), target, dim=-1
+    ).mean()
 
 
 def prepared(family: str, names: tuple[str, ...]):
@@ -156,21 +211,30 @@ def prepared(family: str, names: tuple[str, ...]):
 
 
 def one_step(family: str) -> str:
-    "A training step changes exactly the parameters that should train (of a vision tower that trains, those that lie before the features)."
+    """A training step changes exactly the parameters that should train (of a vision tower that trains,
+    those that lie before the features)."""
     words = []
     for stage, names in STAGES.items():
         model, head, batch, target = prepared(family, names)
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
-        optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2, weight_decay=0)
+        optimizer = torch.optim.AdamW(
+            [value for value in model.parameters() if value.requires_grad], lr=1e-2, weight_decay=0
+        )
         sum(loss_of(model, head, batch, target)).backward()
         optimizer.step()
         moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
         parts = {part: set(parameters) for part, parameters in parameters_by_part(model).items()}
         wanted = set().union(*(parts[part] for part in names))
         unused = wanted - moved
-        assert moved <= wanted and unused <= (parts["vision_tower"] if stage == 3 else set()), sorted(wanted ^ moved)[:5]
-        assert all(moved & parts[part] for part in names) and not any(name in moved for part in set(parts) - set(names) for name in parts[part])
-        assert parameter_audit(model).trained[list(names)].sum() == sum(value.numel() for value in model.parameters() if value.requires_grad)
+        assert moved <= wanted and unused <= (parts["vision_tower"] if stage == 3 else set()), sorted(
+            wanted ^ moved
+        )[:5]
+        assert all(moved & parts[part] for part in names) and not any(
+            name in moved for part in set(parts) - set(names) for name in parts[part]
+        )
+        assert parameter_audit(model).trained[list(names)].sum() == sum(
+            value.numel() for value in model.parameters() if value.requires_grad
+        )
         words.append(str(len(moved)))
     return " / ".join(words) + " tensors in stages 1 / 2 / 3"
 
@@ -178,7 +242,9 @@ def one_step(family: str) -> str:
 def falls(family: str, steps: int = 20) -> str:
     "Both terms of the loss fall over twenty steps of stage 2."
     model, head, batch, target = prepared(family, STAGES[2])
-    optimizer = torch.optim.AdamW([*(value for value in model.parameters() if value.requires_grad), *head.parameters()], lr=5e-3)
+    optimizer = torch.optim.AdamW(
+        [*(value for value in model.parameters() if value.requires_grad), *head.parameters()], lr=5e-3
+    )
     losses = []
     for _ in range(steps):
         text, cosine = loss_of(model, head, batch, target)
@@ -192,14 +258,20 @@ def falls(family: str, steps: int = 20) -> str:
 
 @torch.no_grad()
 def padding(family: str) -> str:
-    "Left and right padding give the same states at visual positions, at every layer, and the same logits at real positions."
+    """Left and right padding give the same states at visual positions, at every layer, and the same
+    logits at real positions."""
     model, processor = tiny(family)
     found = []
     for side in ("left", "right"):
         batch = mixed(processor, side)
         with Taps(model, range(len(decoder_layers(model)) + 1)) as taps:
             logits = model(**model_inputs(batch)).logits
-        found.append([*(taps.states(layer, batch["visual_mask"]) for layer in taps.layers), logits[batch["attention_mask"].bool()]])
+        found.append(
+            [
+                *(taps.states(layer, batch["visual_mask"]) for layer in taps.layers),
+                logits[batch["attention_mask"].bool()],
+            ]
+        )
     worst = max(float((one - other).abs().max()) for one, other in zip(*found))
     assert worst < 1e-4
     return f"largest difference {worst:.0e}"
@@ -209,27 +281,42 @@ def padding(family: str) -> str:
 def text_only(family: str) -> str:
     "A text-only sample gives the same logits beside samples with pictures as alone."
     model, processor = tiny(family)
-    batch, alone = mixed(processor), Collator(processor.tokenizer.pad_token_id)([sample(processor, [])])
+    batch = mixed(processor)
+    alone = Collator(processor.tokenizer.pad_token_id)([sample(processor, [])])
     length = alone["input_ids"].shape[1]
-    assert torch.equal(batch["input_ids"][2, :length], alone["input_ids"][0]) and not alone["visual_mask"].any() and len(alone["grids"]) == 0
-    worst = float((model(**model_inputs(batch)).logits[2, :length] - model(**model_inputs(alone)).logits[0]).abs().max())
+    assert (
+        torch.equal(batch["input_ids"][2, :length], alone["input_ids"][0])
+        and not alone["visual_mask"].any()
+        and len(alone["grids"]) == 0
+    )
+    worst = float(
+        (model(**model_inputs(batch)).logits[2, :length] - model(**model_inputs(alone)).logits[0]).abs().max()
+    )
     assert worst < 1e-4
     return f"largest difference {worst:.0e}"
 
 
 @torch.no_grad()
 def answers_hidden(family: str) -> str:
-    "What comes before an answer is computed without it: another answer leaves the logits before it as they were."
+    """What comes before an answer is computed without it: another answer leaves the logits before it as
+    they were."""
     model, processor = tiny(family)
-    logits, places = [], []
+    logits = []
+    places = []
     for answer in ("two red towers", "one blue circle"):
         said = Record("", ("0.png",), (Turn("<image>what is above", answer, ""),), "")
-        batch = Collator(processor.tokenizer.pad_token_id)([{**encode(said, [photo(0, SIZES[0])], processor), "image_names": ["0.png"]}])
+        batch = Collator(processor.tokenizer.pad_token_id)(
+            [{**encode(said, [photo(0, SIZES[0])], processor), "image_names": ["0.png"]}]
+        )
         logits.append(model(**model_inputs(batch)).logits[0])
         places.append(batch["labels"][0] != IGNORED)
     begin = int(places[0].nonzero()[0])
     worst = float((logits[0][:begin] - logits[1][:begin]).abs().max())
-    assert begin == int(places[1].nonzero()[0]) and worst < 1e-5 and (logits[0][begin] - logits[1][begin]).abs().max() > 1e-4
+    assert (
+        begin == int(places[1].nonzero()[0])
+        and worst < 1e-5
+        and (logits[0][begin] - logits[1][begin]).abs().max() > 1e-4
+    )
     return f"largest difference {worst:.0e}"
 
 
@@ -242,7 +329,9 @@ def generation(family: str) -> str:
     together = model.generate(**model_inputs(batch), **settings)[:, batch["input_ids"].shape[1] :]
     pictures = [photo(seed, size) for seed, size in enumerate(SIZES)]
     for row, images in zip(together, (pictures[:2], pictures[2:], [])):
-        alone = Collator(processor.tokenizer.pad_token_id)([sample(processor, images, with_last_answer=False)])
+        alone = Collator(processor.tokenizer.pad_token_id)(
+            [sample(processor, images, with_last_answer=False)]
+        )
         said = model.generate(**model_inputs(alone), **settings)[0, alone["input_ids"].shape[1] :]
         assert torch.equal(row[: len(said)], said), (row, said)
     return f"{together.numel()} tokens"
@@ -250,7 +339,8 @@ def generation(family: str) -> str:
 
 def checkpointing(family: str) -> str:
     "Gradients of a tapped loss are the same with gradient checkpointing, reentrant or not."
-    found, passes = [], []
+    found = []
+    passes = []
     for kind in (None, False, True):
         model, head, batch, target = prepared(family, STAGES[2])
         times = []
@@ -264,7 +354,9 @@ def checkpointing(family: str) -> str:
         loss_of(model, head, batch, target)[1].backward()
         projector = parameters_by_part(model)["projector"]
         passes.append(len(times))
-        found.append(torch.cat([value.grad.flatten() for value in projector.values() if value.grad is not None]))
+        found.append(
+            torch.cat([value.grad.flatten() for value in projector.values() if value.grad is not None])
+        )
     worst = max(float((other - found[0]).abs().max() / found[0].abs().max()) for other in found[1:])
     assert passes == [1, 2, 2], "checkpointing did not compute the block again"
     assert found[0].abs().max() > 0 and worst < 1e-4
@@ -272,15 +364,24 @@ def checkpointing(family: str) -> str:
 
 
 def lora(family: str) -> str:
-    "LoRA: the projector trains, the tower does not; the adapter on disk holds both, and gives the same logits when loaded."
+    """LoRA: the projector trains, the tower does not; the adapter on disk holds both, and gives the same
+    logits when loaded."""
     from peft import PeftModel
 
     model, processor = tiny(family)
-    wrapped, batch = add_lora(model, rank=2, dropout=0.0), mixed(processor)
+    wrapped = add_lora(model, rank=2, dropout=0.0)
+    batch = mixed(processor)
     audit = parameter_audit(wrapped)
-    assert audit.trained["projector"] > 0 and audit.trained["language_model"] > 0 and audit.trained["vision_tower"] == 0
-    assert len(decoder_layers(wrapped)) == 3 and parts_of(wrapped)["language_model"][0].layers is decoder_layers(wrapped)
-    head, target = torch.nn.Linear(32, 16), torch.randn(int(batch["visual_mask"].sum()), 16)
+    assert (
+        audit.trained["projector"] > 0
+        and audit.trained["language_model"] > 0
+        and audit.trained["vision_tower"] == 0
+    )
+    assert len(decoder_layers(wrapped)) == 3 and parts_of(wrapped)["language_model"][
+        0
+    ].layers is decoder_layers(wrapped)
+    head = torch.nn.Linear(32, 16)
+    target = torch.randn(int(batch["visual_mask"].sum()), 16)
     optimizer = torch.optim.AdamW([value for value in wrapped.parameters() if value.requires_grad], lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()

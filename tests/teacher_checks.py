@@ -1,5 +1,6 @@
-"""Teachers of every family on tiny random configurations of transformers' own classes, and what is checked of each: used by the tests and by the page that
-lists the teachers. A check returns what it measured, in words; it fails by assertion."""
+"""Teachers of every family on tiny random configurations of transformers' own classes, and what is
+checked of each: used by the tests and by the page that lists the teachers. A check returns what it
+measured, in words; it fails by assertion."""
 
 import tempfile
 
@@ -11,50 +12,114 @@ from aligned_mllm.teachers.targets import Targets
 from aligned_mllm.teachers.vision import Teacher, load_teacher
 
 # No model has these values: what comes out as them was read from the processor.
-MEAN, DEVIATION = (0.3, 0.45, 0.6), (0.2, 0.25, 0.3)
+MEAN = (0.3, 0.45, 0.6)
+DEVIATION = (0.2, 0.25, 0.3)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**SMALL, "intermediate_size": 48}
-TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 20,
+}
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-SAM = {**SMALL, "image_size": 128, "patch_size": 16, "output_channels": 8, "window_size": 2, "global_attn_indexes": [1], "initializer_range": 0.02,
-       "num_pos_feats": 8}  # fmt: skip
-PATCH = {"dinov2": 14, "dinov2_with_registers": 14, "dinov3_vit": 16, "clip": 14, "clip_vision_model": 14, "siglip": 16, "siglip_vision_model": 16,
-         "siglip2": 16, "siglip2_vision_model": 16, "sam": 16, "sam_vision_model": 16, "depth_anything": 14, "radio": 16}  # fmt: skip
+SAM = {
+    **SMALL,
+    "image_size": 128,
+    "patch_size": 16,
+    "output_channels": 8,
+    "window_size": 2,
+    "global_attn_indexes": [1],
+    "initializer_range": 0.02,
+    "num_pos_feats": 8,
+}
+PATCH = {
+    "dinov2": 14,
+    "dinov2_with_registers": 14,
+    "dinov3_vit": 16,
+    "clip": 14,
+    "clip_vision_model": 14,
+    "siglip": 16,
+    "siglip_vision_model": 16,
+    "siglip2": 16,
+    "siglip2_vision_model": 16,
+    "sam": 16,
+    "sam_vision_model": 16,
+    "depth_anything": 14,
+    "radio": 16,
+}
 
 
 def tiny(name: str, canvas: int = 128):
     "A tiny random model of a family, and its image processor; SAM has a canvas of so many pixels."
     import transformers as t
 
-    size, patch = {"image_size": 5 * PATCH[name]}, {"patch_size": PATCH[name]}
-    inner = {"backbone_config": t.Dinov2Config(**{**SMALL, "num_hidden_layers": 4}, **size, **patch, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)}
+    size = {"image_size": 5 * PATCH[name]}
+    patch = {"patch_size": PATCH[name]}
+    inner = {
+        "backbone_config": t.Dinov2Config(
+            **{**SMALL, "num_hidden_layers": 4},
+            **size,
+            **patch,
+            out_indices=[1, 2, 3, 4],
+            reshape_hidden_states=False,
+        )
+    }
     reassemble = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
     prompt = {"hidden_size": 8, "image_size": canvas, "patch_size": 16, "mask_input_channels": 4}
-    decoder = {"hidden_size": 8, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 8}
+    decoder = {
+        "hidden_size": 8,
+        "mlp_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 8,
+    }
     sam = {**SAM, "image_size": canvas}
     packed = {**VISION, **patch, "num_patches": 16}
     make = {
         "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**SMALL, **size, **patch)),
-        "dinov2_with_registers": lambda: t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**SMALL, **size, **patch, num_register_tokens=4)),
-        "dinov3_vit": lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(**VISION, **size, **patch, num_register_tokens=4)),
-        "clip": lambda: t.CLIPModel(t.CLIPConfig(vision_config={**VISION, **size, **patch}, text_config={**TEXT, **IDS}, projection_dim=8)),
+        "dinov2_with_registers": lambda: t.Dinov2WithRegistersModel(
+            t.Dinov2WithRegistersConfig(**SMALL, **size, **patch, num_register_tokens=4)
+        ),
+        "dinov3_vit": lambda: t.DINOv3ViTModel(
+            t.DINOv3ViTConfig(**VISION, **size, **patch, num_register_tokens=4)
+        ),
+        "clip": lambda: t.CLIPModel(
+            t.CLIPConfig(
+                vision_config={**VISION, **size, **patch}, text_config={**TEXT, **IDS}, projection_dim=8
+            )
+        ),
         "clip_vision_model": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**VISION, **size, **patch)),
-        "siglip": lambda: t.SiglipModel(t.SiglipConfig(vision_config={**VISION, **size, **patch}, text_config={**TEXT, **IDS})),
+        "siglip": lambda: t.SiglipModel(
+            t.SiglipConfig(vision_config={**VISION, **size, **patch}, text_config={**TEXT, **IDS})
+        ),
         "siglip_vision_model": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**VISION, **size, **patch)),
         "siglip2": lambda: t.Siglip2Model(t.Siglip2Config(vision_config=packed, text_config={**TEXT, **IDS})),
         "siglip2_vision_model": lambda: t.Siglip2VisionModel(t.Siglip2VisionConfig(**packed)),
-        "sam": lambda: t.SamModel(t.SamConfig(vision_config=sam, prompt_encoder_config=prompt, mask_decoder_config=decoder)),
+        "sam": lambda: t.SamModel(
+            t.SamConfig(vision_config=sam, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+        ),
         "sam_vision_model": lambda: t.SamVisionModel(t.SamVisionConfig(**sam)),
-        "depth_anything": lambda: t.DepthAnythingForDepthEstimation(t.DepthAnythingConfig(**inner, **reassemble)),
-        "radio": lambda: t.RadioModel(t.RadioConfig(**SMALL, **size, **patch, max_img_size=256, norm_mean=MEAN, norm_std=DEVIATION)),
+        "depth_anything": lambda: t.DepthAnythingForDepthEstimation(
+            t.DepthAnythingConfig(**inner, **reassemble)
+        ),
+        "radio": lambda: t.RadioModel(
+            t.RadioConfig(**SMALL, **size, **patch, max_img_size=256, norm_mean=MEAN, norm_std=DEVIATION)
+        ),
     }
     look = {"image_mean": list(MEAN), "image_std": list(DEVIATION)}
     view = {
-        "dino": lambda: t.BitImageProcessorPil(**look), "clip": lambda: t.CLIPImageProcessorPil(**look),
-        "sigl": lambda: (t.Siglip2ImageProcessorPil if name.startswith("siglip2") else t.SiglipImageProcessorPil)(**look),
-        "sam": lambda: t.SamImageProcessorPil(**look), "sam_": lambda: t.SamImageProcessorPil(**look),
-        "dept": lambda: t.DPTImageProcessorPil(**look, ensure_multiple_of=14), "radi": lambda: t.CLIPImageProcessorPil(do_normalize=False),
-    }  # fmt: skip
+        "dino": lambda: t.BitImageProcessorPil(**look),
+        "clip": lambda: t.CLIPImageProcessorPil(**look),
+        "sigl": lambda: (
+            t.Siglip2ImageProcessorPil if name.startswith("siglip2") else t.SiglipImageProcessorPil
+        )(**look),
+        "sam": lambda: t.SamImageProcessorPil(**look),
+        "sam_": lambda: t.SamImageProcessorPil(**look),
+        "dept": lambda: t.DPTImageProcessorPil(**look, ensure_multiple_of=14),
+        "radi": lambda: t.CLIPImageProcessorPil(do_normalize=False),
+    }
     return make[name](), view[name[:4]]()
 
 
@@ -69,7 +134,10 @@ def loaded(name: str, canvas: int = 1024) -> Teacher:
 
 def look(teacher: Teacher) -> str:
     "The mean and deviation that reach the encoder, worked out from a black and a white picture."
-    black, white = (teacher.pixels_of_view(Image.new("RGB", (64, 64), (value,) * 3), (0, 0, 1, 1), (2, 2)).mean((1, 2)) for value in (0, 255))
+    black, white = (
+        teacher.pixels_of_view(Image.new("RGB", (64, 64), (value,) * 3), (0, 0, 1, 1), (2, 2)).mean((1, 2))
+        for value in (0, 255)
+    )
     deviation = 1 / (white - black)
     mean = -black * deviation
     wanted = ((0.0,) * 3, (1.0,) * 3) if teacher.family == "radio" else (MEAN, DEVIATION)
@@ -82,27 +150,51 @@ def met(teacher: Teacher, rows: int, columns: int) -> str:
     seen = teacher.pixels_of_view(Image.new("RGB", (10 * columns, 10 * rows)), (0, 0, 1, 1), (rows, columns))
     (features,), plan = teacher.features([seen]), teacher.plan((rows, columns))
     own = seen.shape[1] // teacher.patch, seen.shape[2] // teacher.patch
-    assert len(features) == own[0] * own[1] and list(own) == plan["teacher_grid"] and (plan["features"] == "coincide") == (own == (rows, columns))
-    return f"{seen.shape[1]} x {seen.shape[2]}, " + ("coincide" if own == (rows, columns) else f"interpolated from {own[0]} x {own[1]}")
+    assert (
+        len(features) == own[0] * own[1]
+        and list(own) == plan["teacher_grid"]
+        and (plan["features"] == "coincide") == (own == (rows, columns))
+    )
+    return f"{seen.shape[1]} x {seen.shape[2]}, " + (
+        "coincide" if own == (rows, columns) else f"interpolated from {own[0]} x {own[1]}"
+    )
 
 
 def masked(teacher: Teacher) -> str:
-    "A picture of 3 : 2, padded to a square of 24 x 24 tokens: how many count. The padding is zero for the encoder, up to rounding."
-    box, grid = (0.0, -0.25, 1.0, 1.25), (24, 24)
+    """A picture of 3 : 2, padded to a square of 24 x 24 tokens: how many count. The padding is zero for
+    the encoder, up to rounding."""
+    box = (0.0, -0.25, 1.0, 1.25)
+    grid = (24, 24)
     seen = teacher.pixels_of_view(Image.new("RGB", (1200, 800), (255, 0, 255)), box, grid)
-    batch = {"image_names": ["wide"], "view_of": torch.tensor([0]), "boxes": torch.tensor([box]), "grids": torch.tensor([grid]), "teacher_pixels": [seen]}
+    batch = {
+        "image_names": ["wide"],
+        "view_of": torch.tensor([0]),
+        "boxes": torch.tensor([box]),
+        "grids": torch.tensor([grid]),
+        "teacher_pixels": [seen],
+    }
     features, keep = Targets(teacher)(batch)
     wanted = torch.tensor([4 <= row < 20 for row in range(24) for _ in range(24)])
-    centre, step = (torch.tensor(MEAN)[:, None, None], 0.5 / 255) if teacher.family == "radio" else (0.0, 0.5 / 255 / min(DEVIATION))
+    centre, step = (
+        (torch.tensor(MEAN)[:, None, None], 0.5 / 255)
+        if teacher.family == "radio"
+        else (0.0, 0.5 / 255 / min(DEVIATION))
+    )
     assert torch.equal(keep, wanted) and features.shape == (576, teacher.width)
-    above, inside = (seen[:, first : last - 4] - centre for first, last in ((0, 4 * teacher.patch), (4 * teacher.patch + 4, 20 * teacher.patch)))
+    above, inside = (
+        seen[:, first : last - 4] - centre
+        for first, last in ((0, 4 * teacher.patch), (4 * teacher.patch + 4, 20 * teacher.patch))
+    )
     assert above.abs().max() < step + 1e-6 < inside.abs().min()
     return f"{int(keep.sum())} of {len(keep)}"
 
 
 def places(teacher: Teacher) -> str:
-    "Painting over one patch of a picture on 3 x 4 tokens changes the feature at its place most (SAM's neck mixes neighbours: there, or one beside)."
-    patch, grid, worst = teacher.patch, (3, 4), 0
+    """Painting over one patch of a picture on 3 x 4 tokens changes the feature at its place most (SAM's
+    neck mixes neighbours: there, or one beside)."""
+    patch = teacher.patch
+    grid = (3, 4)
+    worst = 0
     image = Image.effect_noise((4 * patch, 3 * patch), 60).convert("RGB")
     plain = teacher.pixels_of_view(image, (0, 0, 1, 1), grid)
     for row, column in ((0, 0), (1, 2), (2, 3)):
@@ -117,7 +209,9 @@ def places(teacher: Teacher) -> str:
 
 def sealed(teacher: Teacher) -> str:
     "It is as loaded after all of the above; one weight moved by a thousandth is noticed."
-    assert teacher.verify() == teacher.seal and not any(value.requires_grad for value in teacher.model.parameters())
+    assert teacher.verify() == teacher.seal and not any(
+        value.requires_grad for value in teacher.model.parameters()
+    )
     with torch.no_grad():
         next(teacher.model.parameters()).view(-1)[0] += 1e-3
     try:
@@ -132,5 +226,13 @@ def checked(name: str, large: tuple[int, int] = (80, 40), canvas: int = 1024) ->
     teacher = loaded(name, canvas)
     one = teacher.pixels_of_view(Image.new("RGB", (64, 64)), (0, 0, 1, 1), (1, 1))
     grids = {f"{rows} x {columns} tokens": met(teacher, rows, columns) for rows, columns in ((24, 24), large)}
-    return {"encoder": type(teacher.model).__name__, "patch": one.shape[-1], "width": teacher.features(one[None]).shape[-1], "mean, deviation": look(teacher),
-            **grids, "places": places(teacher), "padded, count": masked(teacher), "sealed": sealed(teacher)}  # fmt: skip
+    return {
+        "encoder": type(teacher.model).__name__,
+        "patch": one.shape[-1],
+        "width": teacher.features(one[None]).shape[-1],
+        "mean, deviation": look(teacher),
+        **grids,
+        "places": places(teacher),
+        "padded, count": masked(teacher),
+        "sealed": sealed(teacher),
+    }

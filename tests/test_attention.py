@@ -1,4 +1,5 @@
-"Attention rows against transformers' eager weights, for every family, without changing what the model computes."
+"""Attention rows against transformers' eager weights, for every family, without changing what the model
+computes."""
 
 import pytest
 import torch
@@ -69,7 +70,15 @@ def paligemma2(**text):
 
     model, processor = tiny("paligemma")
     old = model.config.text_config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pad_token_id", "bos_token_id", "eos_token_id")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    )
     model.config.text_config = Gemma2Config(**{name: getattr(old, name) for name in names}, **text)
     seed_everything(0)
     return PaliGemmaForConditionalGeneration(model.config).eval(), processor
@@ -77,16 +86,29 @@ def paligemma2(**text):
 
 CASES = {
     "Gemma 3, window of 20 in two of three layers": lambda: changed(
-        "gemma3", **GROUPED, sliding_window=20, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        "gemma3",
+        **GROUPED,
+        sliding_window=20,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "Mistral, window of 30": lambda: changed("llava_next", **GROUPED, sliding_window=30),
     "Qwen 2, window of 30 from layer 2": lambda: changed(
-        "internvl", num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True, sliding_window=30,
+        "internvl",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=30,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
-    ),  # fmt: skip
-    "Gemma 2, soft cap and window": lambda: paligemma2(**GROUPED, attn_logit_softcapping=0.01, sliding_window=20, query_pre_attn_scalar=8),
-    "Qwen 2.5 VL, three axes of positions, grouped": lambda: changed("qwen2_5_vl", num_attention_heads=4, num_key_value_heads=2,
-        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}),  # fmt: skip
+    ),
+    "Gemma 2, soft cap and window": lambda: paligemma2(
+        **GROUPED, attn_logit_softcapping=0.01, sliding_window=20, query_pre_attn_scalar=8
+    ),
+    "Qwen 2.5 VL, three axes of positions, grouped": lambda: changed(
+        "qwen2_5_vl",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+    ),
 }
 
 
@@ -108,12 +130,17 @@ def test_windows_groups_and_soft_caps(case):
         assert any(float(full[0, :, int(real[0].sum()) - 1, 0].max()) == 0 for full in full_weights)
     if "cap" in case:  # and this one: scores within 0.01 of 0, so that what is seen is seen alike
         seen = full_weights[1][0, 0, 5][full_weights[1][0, 0, 5] > 0]
-        assert model.config.text_config._attn_implementation == "eager" and len(seen) > 1 and seen.max() / seen.min() < 1.03
+        assert (
+            model.config.text_config._attn_implementation == "eager"
+            and len(seen) > 1
+            and seen.max() / seen.min() < 1.03
+        )
 
 
 def test_the_cap_changes_rows():
     "Without the soft cap the rows differ: the test above could fail."
-    batch, found = None, []
+    batch = None
+    found = []
     for cap in (0.01, None):
         model, processor = paligemma2(**GROUPED, attn_logit_softcapping=cap, query_pre_attn_scalar=1)
         batch = mixed(processor) if batch is None else batch
@@ -132,14 +159,24 @@ def test_one_pass_after_generation_gives_the_weights_of_its_steps(family):
     decoder = language_model_of(model)
     decoder.set_attn_implementation("eager")
     with torch.no_grad():
-        steps = model.generate(**model_inputs(batch), do_sample=False, max_new_tokens=4, pad_token_id=processor.tokenizer.pad_token_id,
-                               return_dict_in_generate=True, output_attentions=True)  # fmt: skip
+        steps = model.generate(
+            **model_inputs(batch),
+            do_sample=False,
+            max_new_tokens=4,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            output_attentions=True,
+        )
     length = batch["input_ids"].shape[1]
     assert torch.equal(steps.sequences[0, length:], tokens) and len(tokens) == len(steps.attentions) > 0
     for step, weights in enumerate(steps.attentions):
         for layer, full in enumerate(weights, start=1):
             row = full[0, :, -1]  # a sliding cache holds the last keys only
-            assert (looked[layer][:, step, : length + step][:, -row.shape[-1] :] - row).abs().max() < 1e-4, (family, step, layer)
+            assert (looked[layer][:, step, : length + step][:, -row.shape[-1] :] - row).abs().max() < 1e-4, (
+                family,
+                step,
+                layer,
+            )
             assert looked[layer][:, step, length + step :].abs().sum() == 0
 
 
@@ -157,7 +194,8 @@ def test_only_the_wanted_rows_are_held():
 def test_everything_is_put_back_after_an_error_and_contexts_nest():
     model, processor = tiny("llava")
     batch = mixed(processor)
-    real, before = batch["attention_mask"].bool(), model.config.text_config._attn_implementation
+    real = batch["attention_mask"].bool()
+    before = model.config.text_config._attn_implementation
     with pytest.raises(InputError, match="whole sequences"), AttentionRows(model, real[:, 1:]):
         model(**model_inputs(batch), use_cache=False)
     assert model.config.text_config._attn_implementation == before == "sdpa" and not LISTENING
@@ -183,24 +221,40 @@ def test_half_precision_and_lora():
         wrapped(**model_inputs(batch), use_cache=False)
     assert torch.allclose(same.kept[3][0], rows.kept[3][0], atol=1e-6)
     half = tiny("llava")[0].to(torch.bfloat16)
-    inputs = {name: value.to(torch.bfloat16) if value.is_floating_point() else value for name, value in model_inputs(batch).items()}
+    inputs = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for name, value in model_inputs(batch).items()
+    }
     with torch.no_grad(), AttentionRows(half, real) as coarse:
         half(**inputs, use_cache=False)
-    assert coarse.kept[3][0].dtype == torch.float32 and torch.allclose(coarse.kept[3][0], rows.kept[3][0], atol=0.02)
+    assert coarse.kept[3][0].dtype == torch.float32 and torch.allclose(
+        coarse.kept[3][0], rows.kept[3][0], atol=0.02
+    )
 
 
 @pytest.mark.parametrize("family", ["llava_next", "idefics3", "qwen2_5_vl"])
 def test_views_belong_to_their_samples_and_rows_are_before_the_answers(family):
     _, processor = tiny(family)
     batch = mixed(processor)
-    batch = {**batch, **{name: batch[name][:2] for name in ("input_ids", "labels", "visual_mask", "attention_mask")}}
+    batch = {
+        **batch,
+        **{name: batch[name][:2] for name in ("input_ids", "labels", "visual_mask", "attention_mask")},
+    }
     views = views_of_samples(batch)
     assert torch.cat(views).tolist() == list(range(len(batch["grids"])))
     assert [int(batch["grids"][each].prod(1).sum()) for each in views] == batch["visual_mask"].sum(1).tolist()
     answer, first, question = (query_mask(batch, which) for which in ("answer", "first", "question"))
-    assert torch.equal(answer[:, :-1], batch["labels"][:, 1:] != -100) and first.sum(1).tolist() == [2, 2] and (first & ~answer).sum() == 0
+    assert (
+        torch.equal(answer[:, :-1], batch["labels"][:, 1:] != -100)
+        and first.sum(1).tolist() == [2, 2]
+        and (first & ~answer).sum() == 0
+    )
     words = processor.tokenizer.decode(batch["input_ids"][0][question[0]])
-    assert "what is above" in words and "two red towers" not in words and not (question & batch["visual_mask"]).any()
+    assert (
+        "what is above" in words
+        and "two red towers" not in words
+        and not (question & batch["visual_mask"]).any()
+    )
 
 
 def test_a_token_lies_over_the_picture_where_its_box_says():
@@ -210,7 +264,12 @@ def test_a_token_lies_over_the_picture_where_its_box_says():
     boxes = torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])
     figure = attention_figure(picture, weights, torch.tensor([[2, 2], [2, 2]]), boxes)
     maps = [trace for trace in figure.data if trace.type == "heatmap"]
-    assert len(maps) == 2 and list(maps[1].x) == [60, 90, 120] and list(maps[1].y) == [0, 40, 80] and maps[1].z[1][1] == 1.0
+    assert (
+        len(maps) == 2
+        and list(maps[1].x) == [60, 90, 120]
+        and list(maps[1].y) == [0, 40, 80]
+        and maps[1].z[1][1] == 1.0
+    )
     (shown,) = [trace for trace in figure.data if trace.type == "image"]
     assert (shown.z[0, 0] == picture.getpixel((0, 0))).all() and shown.x0 == 0.5
     with pytest.raises(InputError, match="a box for each view"):

@@ -1,4 +1,5 @@
-"""CKNNA against a float64 reference that follows the formula with loops, its invariances, its null and its errors."""
+"""CKNNA against a float64 reference that follows the formula with loops, its invariances, its null and
+its errors."""
 
 import math
 import os
@@ -9,17 +10,32 @@ import numpy as np
 import pytest
 import torch
 
-from aligned_mllm.analysis.cknna import (MEASURES, agreement, cka, cka_null, cknna, cknna_by_layer, cknna_table, cknna_table_figure, groups_of, kernel,
-                                         neighbours, permutation_null, points_of, space)  # fmt: skip
+from aligned_mllm.analysis.cknna import (
+    MEASURES,
+    agreement,
+    cka,
+    cka_null,
+    cknna,
+    cknna_by_layer,
+    cknna_table,
+    cknna_table_figure,
+    groups_of,
+    kernel,
+    neighbours,
+    permutation_null,
+    points_of,
+    space,
+)
 from aligned_mllm.analysis.subjects import Subject
 from aligned_mllm.core import InputError
-from aligned_mllm.data.scenes import draw, scenes_of
-from aligned_mllm.models.parts import embedded_model
+from aligned_mllm.worlds.scenes import draw, scenes_of
+from aligned_mllm.worlds.small_models import embedded_model
 from aligned_mllm.teachers.vision import load_teacher
 
 
 def reference_cknna(first, second, k):
-    "Align(K, L) / sqrt(Align(K, K) Align(L, L)), written down as the formula stands; K of rows brought to length 1."
+    """Align(K, L) / sqrt(Align(K, K) Align(L, L)), written down as the formula stands; K of rows brought
+    to length 1."""
 
     def gram(rows):
         rows = [[value / math.sqrt(sum(v * v for v in row)) for value in row] for row in rows]
@@ -30,16 +46,19 @@ def reference_cknna(first, second, k):
         return set(sorted(others, key=lambda j: -matrix[i][j])[:k])
 
     def align(K, L):
-        n, total = len(K), 0.0
+        n = len(K)
+        total = 0.0
         for i in range(n):
             both = nearest(K, i) & nearest(L, i)
-            mean_k, mean_l = sum(K[i]) / n, sum(L[i]) / n
+            mean_k = sum(K[i]) / n
+            mean_l = sum(L[i]) / n
             for j in range(n):
                 if i != j and j in both:
                     total += (K[i][j] - mean_k) * (L[i][j] - mean_l)
         return total / (n - 1) ** 2
 
-    K, L = gram(first), gram(second)
+    K = gram(first)
+    L = gram(second)
     return align(K, L) / math.sqrt(align(K, K) * align(L, L))
 
 
@@ -54,12 +73,19 @@ def features(seed, n=40, width=6, noise_of=None, noise=0.5):
 def test_agrees_with_the_formula(k, related):
     first = features(0)
     second = features(1, noise_of=first) if related else features(1, width=9)
-    assert cknna(first, second, k=k) == pytest.approx(reference_cknna(first.tolist(), second.tolist(), k), abs=1e-6)
+    assert cknna(first, second, k=k) == pytest.approx(
+        reference_cknna(first.tolist(), second.tolist(), k), abs=1e-6
+    )
 
 
 def test_takes_float32_tensors_and_arrays():
-    first, second = features(0), features(1, width=9)
-    value = cknna(torch.tensor(first, dtype=torch.float32, requires_grad=True), torch.tensor(second, dtype=torch.float32), k=5)
+    first = features(0)
+    second = features(1, width=9)
+    value = cknna(
+        torch.tensor(first, dtype=torch.float32, requires_grad=True),
+        torch.tensor(second, dtype=torch.float32),
+        k=5,
+    )
     assert value == pytest.approx(cknna(first, second, k=5), abs=1e-5)
 
 
@@ -73,9 +99,12 @@ def test_identical_symmetric_and_bounded():
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_rotation_and_scale_change_nothing(normalise):
-    first, second = features(0), features(1, noise_of=features(0))
+    first = features(0)
+    second = features(1, noise_of=features(0))
     rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(6, 6))).Q
-    assert cknna(first, 9 * second @ rotation, 5, normalise) == pytest.approx(cknna(first, second, 5, normalise), abs=1e-9)
+    assert cknna(first, 9 * second @ rotation, 5, normalise) == pytest.approx(
+        cknna(first, second, 5, normalise), abs=1e-9
+    )
 
 
 def test_lengths_of_rows_matter_only_without_normalising():
@@ -86,14 +115,16 @@ def test_lengths_of_rows_matter_only_without_normalising():
 
 
 def test_same_order_of_points_is_needed_and_a_common_one_is_free():
-    first, second = features(0), features(1, noise_of=features(0))
+    first = features(0)
+    second = features(1, noise_of=features(0))
     order = np.random.default_rng(4).permutation(40)
     assert cknna(first[order], second[order], k=5) == pytest.approx(cknna(first, second, k=5), abs=1e-9)
     assert cknna(first, second[order], k=5) < cknna(first, second, k=5) / 2
 
 
 def test_all_neighbours_is_cka_without_its_diagonal():
-    first, second = features(0), features(1, noise_of=features(0))
+    first = features(0)
+    second = features(1, noise_of=features(0))
     centred = [matrix - matrix.mean(dim=1, keepdim=True) for matrix in (kernel(first), kernel(second))]
     one, two = (matrix.fill_diagonal_(0) for matrix in centred)
     expected = float((one * two).sum() / (one.norm() * two.norm()))
@@ -110,20 +141,24 @@ def test_neighbours_are_k_others_and_the_nearest():
 
 
 def test_null_is_the_value_of_shuffled_rows():
-    first, second = features(0), features(1, noise_of=features(0))
+    first = features(0)
+    second = features(1, noise_of=features(0))
     null = permutation_null(first, second, k=5, permutations=50, seed=7)
     generator = torch.Generator().manual_seed(7)
     for value in null[:3]:
         order = torch.randperm(40, generator=generator).numpy()
         assert value == pytest.approx(reference_cknna(first.tolist(), second[order].tolist(), 5), abs=1e-6)
-    assert null.shape == (50,) and (null == permutation_null(first, second, k=5, permutations=50, seed=7)).all()
+    assert (
+        null.shape == (50,) and (null == permutation_null(first, second, k=5, permutations=50, seed=7)).all()
+    )
     assert null.max() < cknna(first, second, k=5)
 
 
 def test_unrelated_features_fall_inside_the_null():
     inside = 0
     for seed in range(40):
-        first, second = features(seed, n=60), features(100 + seed, n=60)
+        first = features(seed, n=60)
+        second = features(100 + seed, n=60)
         null = permutation_null(first, second, k=5, permutations=100)
         inside += np.quantile(null, 0.025) <= cknna(first, second, k=5) <= np.quantile(null, 0.975)
     assert inside >= 33  # 38 of 40 expected
@@ -131,19 +166,28 @@ def test_unrelated_features_fall_inside_the_null():
 
 def test_by_layer_equals_one_by_one():
     reference = features(0, n=60)
-    states = torch.stack([torch.tensor(features(seed, n=60, noise_of=reference, noise=seed / 2)) for seed in (1, 2, 3)])
+    states = torch.stack(
+        [torch.tensor(features(seed, n=60, noise_of=reference, noise=seed / 2)) for seed in (1, 2, 3)]
+    )
     table = cknna_by_layer(states, reference, k=5, permutations=30, seed=1)
-    assert list(table.columns) == ["layer", "value", "null_low", "null_high"] and list(table.layer) == [0, 1, 2]
+    assert list(table.columns) == ["layer", "value", "null_low", "null_high"] and list(table.layer) == [
+        0,
+        1,
+        2,
+    ]
     for row, state in zip(table.itertuples(), states):
         null = permutation_null(state, reference, k=5, permutations=30, seed=1)
         assert row.value == pytest.approx(cknna(state, reference, k=5), abs=1e-12)
-        assert (row.null_low, row.null_high) == pytest.approx(tuple(np.quantile(null, [0.025, 0.975])), abs=1e-12)
+        assert (row.null_low, row.null_high) == pytest.approx(
+            tuple(np.quantile(null, [0.025, 0.975])), abs=1e-12
+        )
     chosen = cknna_by_layer({2: states[2]}, reference, k=5, permutations=30, seed=1)
     assert chosen.iloc[0].to_dict() == table.iloc[2].to_dict()
 
 
 def test_inputs_are_left_alone():
-    first, second = features(0), features(1)
+    first = features(0)
+    second = features(1)
     before = first.copy(), second.copy()
     cknna(first, second, k=5, normalise=False)
     assert (first == before[0]).all() and (second == before[1]).all()
@@ -170,7 +214,8 @@ def released(first, second, k, unbiased, masked=True):
     "CKNNA as released with the paper, in NumPy: whole kernels, masks, HSIC; without masks it is CKA."
     n = len(first)
     unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (first, second)]
-    kernels, masks = [rows @ rows.T for rows in unit], []
+    kernels = [rows @ rows.T for rows in unit]
+    masks = []
     for inner in kernels:
         ranked = np.argsort(-(inner - np.diag(np.full(n, np.inf if unbiased else 0))), axis=1)[:, :k]
         masks.append(np.zeros((n, n)))
@@ -180,8 +225,11 @@ def released(first, second, k, unbiased, masked=True):
         if not unbiased:
             centring = np.eye(n) - 1 / n
             return np.trace(one @ centring @ two @ centring)
-        one, two = one - np.diag(np.diag(one)), two - np.diag(np.diag(two))
-        return (one * two.T).sum() + one.sum() * two.sum() / (n - 1) / (n - 2) - 2 * (one @ two).sum() / (n - 2)
+        one = one - np.diag(np.diag(one))
+        two = two - np.diag(np.diag(two))
+        return (
+            (one * two.T).sum() + one.sum() * two.sum() / (n - 1) / (n - 2) - 2 * (one @ two).sum() / (n - 2)
+        )
 
     def similarity(a, b):
         mask = masks[a] * masks[b] if masked else 1
@@ -193,28 +241,38 @@ def released(first, second, k, unbiased, masked=True):
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("k", [2, 10, 39])
 def test_masked_first_agrees_with_the_released_code(k, unbiased):
-    first, second = features(0, n=60), features(1, n=60, noise_of=features(0, n=60))
+    first = features(0, n=60)
+    second = features(1, n=60, noise_of=features(0, n=60))
     value = cknna(first, second, k, form="masked_first", unbiased=unbiased)
     assert value == pytest.approx(released(first, second, k, unbiased), abs=1e-9)
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_cka_agrees_with_whole_kernels(unbiased):
-    first, second = features(0), features(1, width=9)
-    assert cka(first, second, unbiased=unbiased) == pytest.approx(released(first, second, 1, unbiased, masked=False), abs=1e-9)
+    first = features(0)
+    second = features(1, width=9)
+    assert cka(first, second, unbiased=unbiased) == pytest.approx(
+        released(first, second, 1, unbiased, masked=False), abs=1e-9
+    )
 
 
 def test_unbiased_centred_first_reaches_unbiased_cka():
-    first, second = features(0), features(1, noise_of=features(0))
-    assert cknna(first, second, 39, unbiased=True) == pytest.approx(cka(first, second, unbiased=True), abs=1e-9)
+    first = features(0)
+    second = features(1, noise_of=features(0))
+    assert cknna(first, second, 39, unbiased=True) == pytest.approx(
+        cka(first, second, unbiased=True), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("spread", [1, 1e-2, 1e-4])
 def test_tiles_and_single_precision_change_nothing(spread):
     "Float32 features in several tiles, also where all cosines are nearly 1, against whole float64 kernels."
-    first, second = (torch.tensor(3 + spread * features(seed, n=300, width=20), dtype=torch.float32) for seed in (0, 1))
+    first, second = (
+        torch.tensor(3 + spread * features(seed, n=300, width=20), dtype=torch.float32) for seed in (0, 1)
+    )
     for rows in (first, second):
-        whole, tiled = kernel(rows), space(rows, 10, tile=64)
+        whole = kernel(rows)
+        tiled = space(rows, 10, tile=64)
         assert torch.equal(torch.zeros(300, 300).scatter_(1, tiled.near, 1).bool(), neighbours(whole, 10))
         assert torch.allclose(tiled.inner, whole.gather(1, tiled.near), atol=1e-14, rtol=0)
     expected = reference_cknna(first[:80].double().tolist(), second[:80].double().tolist(), 10)
@@ -228,31 +286,44 @@ def test_duplicates_beyond_the_candidates_are_found():
     assert torch.allclose(tiled.inner, kernel(rows).fill_diagonal_(-9).topk(10).values)
 
 
-@pytest.mark.parametrize(("form", "unbiased"), [("centred_first", False), ("centred_first", True), ("masked_first", True), ("masked_first", False)])
+@pytest.mark.parametrize(
+    ("form", "unbiased"),
+    [("centred_first", False), ("centred_first", True), ("masked_first", True), ("masked_first", False)],
+)
 def test_leaving_pictures_out_is_measuring_the_others(form, unbiased):
-    first, second = features(0, n=100), features(1, n=100, noise_of=features(0, n=100))
-    groups, own = groups_of(np.arange(100) // 5, 10), form == "masked_first" and not unbiased
+    first = features(0, n=100)
+    second = features(1, n=100, noise_of=features(0, n=100))
+    groups = groups_of(np.arange(100) // 5, 10)
+    own = form == "masked_first" and not unbiased
     one, two = (space(rows, 5, groups=groups, with_self=own) for rows in (first, second))
     for left in (0, 7):
         rest = (groups != left).numpy()
         found = agreement(one, two, 5, form, unbiased, without=left)
-        assert found["CKNNA"] == pytest.approx(cknna(first[rest], second[rest], 5, form=form, unbiased=unbiased), abs=1e-9)
+        assert found["CKNNA"] == pytest.approx(
+            cknna(first[rest], second[rest], 5, form=form, unbiased=unbiased), abs=1e-9
+        )
         masks = [neighbours(kernel(rows[rest]), 5) for rows in (first, second)]
         if not own:
-            assert found["mutual k-NN"] == pytest.approx(float((masks[0] & masks[1]).sum()) / 5 / rest.sum(), abs=1e-12)
+            assert found["mutual k-NN"] == pytest.approx(
+                float((masks[0] & masks[1]).sum()) / 5 / rest.sum(), abs=1e-12
+            )
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_null_of_cka_is_that_of_shuffles(unbiased):
-    first, second = features(0, n=25), features(1, n=25, width=9)
+    first = features(0, n=25)
+    second = features(1, n=25, width=9)
     random = np.random.default_rng(0)
     values = [cka(first, second[random.permutation(25)], unbiased=unbiased) for _ in range(400)]
     mean, deviation = cka_null(points_of(first), points_of(second), unbiased)
-    assert abs(np.mean(values) - mean) < 4 * deviation / 400**0.5 and np.std(values) == pytest.approx(deviation, rel=0.15)
+    assert abs(np.mean(values) - mean) < 4 * deviation / 400**0.5 and np.std(values) == pytest.approx(
+        deviation, rel=0.15
+    )
 
 
 def test_masked_null_is_the_value_of_shuffled_rows():
-    first, second = features(0), features(1, noise_of=features(0))
+    first = features(0)
+    second = features(1, noise_of=features(0))
     null = permutation_null(first, second, k=8, permutations=3, seed=7, form="masked_first", unbiased=True)
     generator = torch.Generator().manual_seed(7)
     for value in null:
@@ -263,11 +334,17 @@ def test_masked_null_is_the_value_of_shuffled_rows():
 def test_all_measures_by_layer_are_those_one_by_one():
     reference = features(0, n=60)
     states = {layer: features(layer, n=60, noise_of=reference) for layer in (1, 2)}
-    table = cknna_by_layer(iter(states.items()), reference, 5, 30, pictures=np.arange(60) // 4, measures=MEASURES).set_index(["layer", "measure"])
+    table = cknna_by_layer(
+        iter(states.items()), reference, 5, 30, pictures=np.arange(60) // 4, measures=MEASURES
+    ).set_index(["layer", "measure"])
     for layer, rows in states.items():
         assert table.value[layer, "CKNNA"] == pytest.approx(cknna(rows, reference, 5), abs=1e-12)
         assert table.value[layer, "CKA"] == pytest.approx(cka(rows, reference), abs=1e-12)
-    assert (table.low < table.value).all() and (table.value < table.high).all() and (table.null_high < table.value).all()
+    assert (
+        (table.low < table.value).all()
+        and (table.value < table.high).all()
+        and (table.null_high < table.value).all()
+    )
 
 
 MEASURE = """
@@ -291,15 +368,36 @@ print(peak_memory() - before)
 
 def test_memory_is_that_of_one_layer(tmp_path):
     "5000 tokens, 10 layers: less than one kernel, which is 191 MiB in float64."
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
     assert done.stdout and float(done.stdout) < 160, done.stderr + done.stdout
 
 
 def test_table_of_two_models_and_its_figure(parts, tmp_path):
-    pictures, teachers = [draw(scene) for scene in scenes_of("test", 10, seed=1)], {"dense": load_teacher("dense")}
+    pictures = [draw(scene) for scene in scenes_of("test", 10, seed=1)]
+    teachers = {"dense": load_teacher("dense")}
     models = [Subject(f"seed {seed}", *embedded_model(parts, seed=seed)) for seed in (0, 1)]
-    table = cknna_table(models, pictures, tmp_path / "kept", teachers, layers=[0, 4], k=5, permutations=10, measures=("CKNNA", "CKA"))
-    assert len(table) == 2 * 2 * 2 * 2 and set(table.reference) == {"encoder", "dense"} and table.n.eq(250).all() and table.pictures.eq(10).all()
+    table = cknna_table(
+        models,
+        pictures,
+        tmp_path / "kept",
+        teachers,
+        layers=[0, 4],
+        k=5,
+        permutations=10,
+        measures=("CKNNA", "CKA"),
+    )
+    assert (
+        len(table) == 2 * 2 * 2 * 2
+        and set(table.reference) == {"encoder", "dense"}
+        and table.n.eq(250).all()
+        and table.pictures.eq(10).all()
+    )
     again = cknna_table(None, folder=tmp_path / "kept", k=5, permutations=10, measures=("CKNNA", "CKA"))
     assert again.equals(table)
     pooled = cknna_table(models[0], pictures, layers=[4], k=3, permutations=10, level="pooled")
@@ -314,11 +412,19 @@ def test_table_of_two_models_and_its_figure(parts, tmp_path):
 def test_where_the_two_forms_part():
     "Unrelated and related noise, with and without a common mean: the four cases that the page tells."
     random = np.random.default_rng(0)
-    one, noise = random.normal(size=(400, 16)), random.normal(size=(400, 16))
+    one = random.normal(size=(400, 16))
+    noise = random.normal(size=(400, 16))
     masked = {"form": "masked_first"}
     for second, most in ((noise, 0.05), (one + noise, 0.2)):
-        centred, biased, unbiased = (cknna(one, second, k=10, **how) for how in ({}, masked, {**masked, "unbiased": True}))
+        centred, biased, unbiased = (
+            cknna(one, second, k=10, **how) for how in ({}, masked, {**masked, "unbiased": True})
+        )
         assert abs(centred - unbiased) < 0.03 < 0.2 < biased - centred and centred < most
     assert cknna(one, noise, k=200) > 0.25
     for unbiased in (False, True):
-        assert cknna(one + 3, noise + 3, k=350, **masked, unbiased=unbiased) > 1.2 > 0.2 > cknna(one, noise, k=350, **masked, unbiased=unbiased)
+        assert (
+            cknna(one + 3, noise + 3, k=350, **masked, unbiased=unbiased)
+            > 1.2
+            > 0.2
+            > cknna(one, noise, k=350, **masked, unbiased=unbiased)
+        )

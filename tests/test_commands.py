@@ -1,4 +1,5 @@
-"Every command of the package answers bad input with one line and exit status 2. The commands are found by looking, so that a new one cannot be forgotten."
+"""Every command of the package answers bad input with one line and exit status 2. The commands are found
+by looking, so that a new one cannot be forgotten."""
 
 import importlib
 import re
@@ -12,17 +13,33 @@ from conftest import ENVIRONMENT
 from aligned_mllm.core import InputError, command
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8") for path in sorted((ROOT / "aligned_mllm").rglob("*.py"))}
-COMMANDS = [name for name, source in MODULES.items() if "__main__" in source or re.search(r"^def main\(", source, re.M)]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "aligned_mllm").rglob("*.py"))
+}
+COMMANDS = [
+    name
+    for name, source in MODULES.items()
+    if "__main__" in source or re.search(r"^def main\(", source, re.M)
+]
 BAD = {  # for each command words that argparse takes and the command must refuse; FILE stands for a file where a folder belongs
-    "aligned_mllm.apps": ["--runs", "FILE"],
-    "aligned_mllm.benchmark": ["--device", "cpu", "--steps", "0"],
+    "aligned_mllm.apps.serve": ["--runs", "FILE"],
+    "aligned_mllm.experiments.benchmark": ["--device", "cpu", "--steps", "0"],
     "aligned_mllm.cli": ["experiment", "--seeds", "0"],
     "aligned_mllm.evals.task": ["--run", "FILE/nowhere", "--data", "FILE"],
-    "aligned_mllm.launch": ["--output", "FILE"],
-    "aligned_mllm.models.parts": ["--output", "FILE"],
+    "aligned_mllm.training.launch": ["--output", "FILE"],
+    "aligned_mllm.worlds.small_models": ["--output", "FILE"],
     "aligned_mllm.site": ["--root", "FILE/nowhere", "--output", "FILE"],
-    "aligned_mllm.train": ["--recipe", "scenes_viral", "--data", "FILE", "--output", "FILE", "--set", "align_layers=many"],
+    "aligned_mllm.training.run": [
+        "--recipe",
+        "scenes_viral",
+        "--data",
+        "FILE",
+        "--output",
+        "FILE",
+        "--set",
+        "align_layers=many",
+    ],
 }
 
 
@@ -43,10 +60,21 @@ def test_bad_input_is_one_line_and_status_2(name, tmp_path, capsys):
     assert re.search(r'if __name__ == "__main__":\n    sys\.exit\(main\(\)\)', MODULES[name])
 
 
-@pytest.mark.parametrize("name", ["aligned_mllm.launch", "aligned_mllm.models.parts"])
+@pytest.mark.parametrize("name", ["aligned_mllm.training.launch", "aligned_mllm.worlds.small_models"])
 def test_the_shell_sees_it(name, tmp_path):
-    done = subprocess.run([sys.executable, "-m", name, *words_of(name, tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("aligned_mllm: ") and done.stderr.count("\n") == 1 and not done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", name, *words_of(name, tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("aligned_mllm: ")
+        and done.stderr.count("\n") == 1
+        and not done.stdout
+    )
 
 
 def test_installed_commands_are_among_them():

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from conftest import ENVIRONMENT
 
-from aligned_mllm import experiment
+from aligned_mllm.experiments import run as experiment
 from aligned_mllm.cli import main
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.evals.task import score_run
-from aligned_mllm.experiment import QUICK, Job, Plan, joined_plan, jobs_of, prepare_data, run_jobs
+from aligned_mllm.experiments.run import QUICK, Job, Plan, joined_plan, jobs_of, prepare_data, run_jobs
 
 ARMS = ["plain", "viral", "other_image"]
 
@@ -26,7 +26,9 @@ def command(*words) -> list[str]:
 
 
 def call(*words, **keywords) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*words), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **keywords)
+    return subprocess.run(
+        command(*words), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **keywords
+    )
 
 
 def heed_ctrl_c() -> None:
@@ -38,8 +40,15 @@ def heed_ctrl_c() -> None:
 def quick(tmp_path_factory):
     "A quick experiment that was interrupted once, as by Ctrl-C, and gone on with."
     folder = tmp_path_factory.mktemp("quick") / "experiment"
-    process = subprocess.Popen(command("experiment", "--quick", "--output", folder), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True, preexec_fn=heed_ctrl_c)  # fmt: skip
+    process = subprocess.Popen(
+        command("experiment", "--quick", "--output", folder),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
+    )
     while not (folder / "seed0" / "stage1" / "done.json").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -57,12 +66,18 @@ def test_the_loss_fell(quick):
         curves = pd.read_csv(quick / "seed0" / name / "curves.csv")
         text = curves[curves.name == "loss_text"].sort_values("step").value
         assert text.iloc[-1] < text.iloc[0], name
-    aligned = pd.read_csv(quick / "seed0" / "viral" / "curves.csv").query("name == 'loss_viral'").sort_values("step").value
+    aligned = (
+        pd.read_csv(quick / "seed0" / "viral" / "curves.csv")
+        .query("name == 'loss_viral'")
+        .sort_values("step")
+        .value
+    )
     assert aligned.iloc[-1] < aligned.iloc[0] - 0.02
 
 
 def test_the_report_holds_its_numbers(quick):
-    page, said = (quick / "report.html").read_text(encoding="utf-8"), (quick / "said.txt").read_text()
+    page = (quick / "report.html").read_text(encoding="utf-8")
+    said = (quick / "said.txt").read_text()
     scores = pd.read_csv(quick / "scores.csv")
     assert set(scores.arm) == {*ARMS, "blind", "majority"}
     for arm in ARMS:
@@ -78,22 +93,34 @@ def test_the_report_holds_its_numbers(quick):
 
 def test_the_report_is_self_contained(quick):
     page = (quick / "report.html").read_text(encoding="utf-8")
-    markup = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)  # plotly's own source names addresses; the browser test sees what is fetched
+    markup = re.sub(
+        r"<script\b.*?</script>", "", page, flags=re.DOTALL
+    )  # plotly's own source names addresses; the browser test sees what is fetched
     assert len(markup) < len(page) / 2 and not re.findall(r"""\b(?:src|href)=["'](?!data:|#)""", markup)
     assert page.count("data:image/png;base64,") >= 3
 
 
 def test_arms_share_data_order_and_start(quick):
     configs = {arm: load_json(quick / "seed0" / arm / "config.json") for arm in ARMS}
-    assert len({(config["seed"], config["records_digest"], config["model"]) for config in configs.values()}) == 1
-    first = {arm: pd.read_csv(quick / "seed0" / arm / "curves.csv").query("name == 'loss_text'").sort_values("step").value.iloc[0] for arm in ARMS}
+    assert (
+        len({(config["seed"], config["records_digest"], config["model"]) for config in configs.values()}) == 1
+    )
+    first = {
+        arm: pd.read_csv(quick / "seed0" / arm / "curves.csv")
+        .query("name == 'loss_text'")
+        .sort_values("step")
+        .value.iloc[0]
+        for arm in ARMS
+    }
     assert max(first.values()) - min(first.values()) < 0.2
 
 
 def test_the_same_words_again_do_nothing_new(quick):
     before = {path: path.stat().st_mtime_ns for path in quick.rglob("done.json")}
     again = call("experiment", "--quick", "--output", quick)
-    assert again.returncode == 0 and before == {path: path.stat().st_mtime_ns for path in quick.rglob("done.json")}
+    assert again.returncode == 0 and before == {
+        path: path.stat().st_mtime_ns for path in quick.rglob("done.json")
+    }
 
 
 def test_another_plan_in_the_same_folder_is_refused(quick):
@@ -108,7 +135,11 @@ def test_a_failing_run_names_its_log(small_data, tmp_path):
 
 def test_a_setting_that_cannot_be_is_said_before_anything_is_trained(tmp_path, capsys):
     assert main(["experiment", "--quick", "--output", str(tmp_path / "x"), "--set", "align_layers=[9]"]) == 2
-    assert "layer" in capsys.readouterr().err and not list((tmp_path / "x").glob("seed*/*/log.txt")) and not (tmp_path / "x" / "plan.json").exists()
+    assert (
+        "layer" in capsys.readouterr().err
+        and not list((tmp_path / "x").glob("seed*/*/log.txt"))
+        and not (tmp_path / "x" / "plan.json").exists()
+    )
 
 
 @pytest.mark.parametrize("setting", ["align_target=image", "with_images=true", "seed=5", "model=elsewhere"])
@@ -118,7 +149,10 @@ def test_settings_cannot_undo_an_arm(tmp_path, setting, capsys):
 
 
 def test_alignment_settings_reach_only_arms_that_align(tmp_path):
-    jobs = {job.output.name: job.settings for job in jobs_of(Plan(settings={"align_weight": 1.0}, seeds=1), tmp_path)}
+    jobs = {
+        job.output.name: job.settings
+        for job in jobs_of(Plan(settings={"align_weight": 1.0}, seeds=1), tmp_path)
+    }
     assert jobs["viral"]["align_weight"] == jobs["other_image"]["align_weight"] == 1.0
     assert "align_weight" not in jobs["plain"] and "align_weight" not in jobs["blind"]
 
@@ -136,17 +170,21 @@ def test_a_folder_keeps_all_arms_it_was_asked_for(quick):
 def test_scores_are_of_the_records_that_were_asked(quick, tmp_path):
     run = shutil.copytree(quick / "seed0" / "plain", tmp_path / "run")
     data = quick / "data" / "seed0"
-    test, validation = score_run(run, data), score_run(run, data, "validation.jsonl")
+    test = score_run(run, data)
+    validation = score_run(run, data, "validation.jsonl")
     assert test.total.sum() > validation.total.sum() and score_run(run, data).equals(test)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--data", "somewhere"], "nlvr"),
-    (["--arms", "plain,virral"], "viral"),
-    (["--seeds", "0"], "at least 1"),
-    (["--recipe", "nlvr"], "--data"),
-    (["--recipe", "nlvr", "--data", "nowhere"], "nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--data", "somewhere"], "nlvr"),
+        (["--arms", "plain,virral"], "viral"),
+        (["--seeds", "0"], "at least 1"),
+        (["--recipe", "nlvr"], "--data"),
+        (["--recipe", "nlvr", "--data", "nowhere"], "nowhere"),
+    ],
+)
 def test_bad_options_are_one_message(tmp_path, words, message, capsys):
     assert main(["experiment", "--quick", "--output", str(tmp_path / "x"), *words]) == 2
     assert message in capsys.readouterr().err
@@ -159,8 +197,11 @@ def test_the_report_in_a_browser(quick):
     with playwright.sync_playwright() as context:
         if browser is None and not os.path.exists(context.chromium.executable_path):
             pytest.skip("no Chromium: the report was not looked at in a browser")
-        page = context.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]).new_page()
-        said, asked = [], []
+        page = context.chromium.launch(
+            executable_path=browser, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        ).new_page()
+        said = []
+        asked = []
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
@@ -168,16 +209,25 @@ def test_the_report_in_a_browser(quick):
         page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")
         figures = page.locator(".js-plotly-plot").count()
         assert figures >= 4 and page.locator(".js-plotly-plot .main-svg").count() >= figures
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than the window"
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+            "wider than the window"
+        )
         assert said == [] and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
 
 
 def test_cknna_opens_pictures_and_runs_each_teacher_once_a_seed(quick, tmp_path, monkeypatch):
-    folder, asked = shutil.copytree(quick, tmp_path / "copy"), []
+    folder = shutil.copytree(quick, tmp_path / "copy")
+    asked = []
     tables = {path: path.read_bytes() for path in folder.glob("seed0/*/cknna_*.csv")}
     for name in ("open_image", "reference_features"):
         plain = getattr(experiment, name)
-        monkeypatch.setattr(experiment, name, lambda first, *rest, plain=plain: asked.append(getattr(first, "name", "picture")) or plain(first, *rest))
+        monkeypatch.setattr(
+            experiment,
+            name,
+            lambda first, *rest, plain=plain: (
+                asked.append(getattr(first, "name", "picture")) or plain(first, *rest)
+            ),
+        )
     for path in tables:
         path.unlink()
     found = experiment.read_cknna(Plan(**QUICK), folder)

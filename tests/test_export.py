@@ -1,4 +1,5 @@
-"What a run leaves is a plain transformers checkpoint: a process that cannot import this package computes the same. What is not plain says so."
+"""What a run leaves is a plain transformers checkpoint: a process that cannot import this package
+computes the same. What is not plain says so."""
 
 import json
 import subprocess
@@ -12,9 +13,16 @@ from tiny_models import WORDS, bytes_tokenizer, text_sizes, vision_sizes
 
 from aligned_mllm.core import load_json, seed_everything
 from aligned_mllm.models.compose import CHATS, composed_model, load_model
-from aligned_mllm.train import run
+from aligned_mllm.training.run import run
 
-FEW = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "evaluation_records": "", "disable_tqdm": True, "per_device_train_batch_size": 8}
+FEW = {
+    "max_steps": 2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "evaluation_records": "",
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 8,
+}
 
 FOREIGN = """
 import json, sys
@@ -43,14 +51,24 @@ print(json.dumps(found))
 
 def published_parts(root):
     "A CLIP encoder and a causal language model with Vicuna's special tokens, saved as their authors would."
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     seed_everything(0)
     CLIPVisionModel(CLIPVisionConfig(**vision_sizes())).save_pretrained(root / "tower")
-    CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}).save_pretrained(root / "tower")
+    CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}).save_pretrained(
+        root / "tower"
+    )
     tokenizer = bytes_tokenizer("", "<s>", "</s>", "<unk>", {})
     tokenizer.save_pretrained(root / "words")
-    LlamaForCausalLM(LlamaConfig(**text_sizes(tokenizer, initializer_range=0.3))).save_pretrained(root / "words")
+    LlamaForCausalLM(LlamaConfig(**text_sizes(tokenizer, initializer_range=0.3))).save_pretrained(
+        root / "words"
+    )
     return str(root / "tower"), str(root / "words")
 
 
@@ -58,16 +76,42 @@ def published_parts(root):
 def exports(small_data, tmp_path_factory):
     "Every kind of export, and what a foreign process says of it."
     root = tmp_path_factory.mktemp("exports")
-    folders = {name: run(recipe, small_data, root / name, {**FEW, **settings}) / "model" for name, recipe, settings in (
-        ("full", "scenes_viral", {}), ("lora", "scenes_lora_viral", {"lora_rank": 4}), ("dora", "scenes_lora_viral", {"lora_rank": 4, "lora_dora": True}),
-        ("post", "scenes_plain", {"residual": "post_projection", "residual_layer": 3}),
-        ("pre", "scenes_plain", {"residual": "pre_projection", "residual_layer": 3}), ("code", "scenes_position_code", {}))}  # fmt: skip
+    folders = {
+        name: run(recipe, small_data, root / name, {**FEW, **settings}) / "model"
+        for name, recipe, settings in (
+            ("full", "scenes_viral", {}),
+            ("lora", "scenes_lora_viral", {"lora_rank": 4}),
+            ("dora", "scenes_lora_viral", {"lora_rank": 4, "lora_dora": True}),
+            ("post", "scenes_plain", {"residual": "post_projection", "residual_layer": 3}),
+            ("pre", "scenes_plain", {"residual": "pre_projection", "residual_layer": 3}),
+            ("code", "scenes_position_code", {}),
+        )
+    }
     tower, words = published_parts(root)
-    folders["composed"] = run("scenes_plain", small_data, root / "composed",
-                              {**FEW, "model": "composed", "vision_tower": tower, "language_model": words, "pad_to_square": True}) / "model"  # fmt: skip
+    folders["composed"] = (
+        run(
+            "scenes_plain",
+            small_data,
+            root / "composed",
+            {
+                **FEW,
+                "model": "composed",
+                "vision_tower": tower,
+                "language_model": words,
+                "pad_to_square": True,
+            },
+        )
+        / "model"
+    )
     picture = root / "wide.png"
     Image.open(sorted(small_data.rglob("*.png"))[0]).convert("RGB").resize((90, 40)).save(picture)
-    done = subprocess.run([sys.executable, "-c", FOREIGN, picture, "where red", *folders.values()], env=ENVIRONMENT, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN, picture, "where red", *folders.values()],
+        env=ENVIRONMENT,
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     return picture, folders, {name: found[str(folder)] for name, folder in folders.items()}
@@ -81,7 +125,8 @@ def test_a_foreign_process_computes_the_same(exports, name):
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     batch = processor(images=Image.open(picture), text=text, return_tensors="pt")
     with torch.no_grad():
-        logits, said = model(**batch).logits[0, -1], model.generate(**batch, do_sample=False, max_new_tokens=6)
+        logits = model(**batch).logits[0, -1]
+        said = model.generate(**batch, do_sample=False, max_new_tokens=6)
     assert (logits - torch.tensor(found[name]["logits"])).abs().max() < 1e-5 and logits.std() > 0.01
     assert said[0].tolist() == found[name]["said"] and text == found[name]["text"]
 
@@ -89,8 +134,10 @@ def test_a_foreign_process_computes_the_same(exports, name):
 def test_vicunas_sentence_and_square_padding_are_saved(exports):
     _, folders, found = exports
     composed = found["composed"]
-    assert composed["text"] == ("<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-                                "answers to the user's questions. USER: <image>\nwhere red ASSISTANT:")  # fmt: skip
+    assert composed["text"] == (
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+        "answers to the user's questions. USER: <image>\nwhere red ASSISTANT:"
+    )
     assert composed["do_pad"] is True and not composed["crop"] and composed["class"].startswith("Llava")
     assert load_json(folders["composed"] / "processor_config.json")["image_processor"]["do_pad"] is True
     assert CHATS["vicuna_v1"] in (folders["composed"] / "chat_template.jinja").read_text()
@@ -105,8 +152,13 @@ def test_padding_is_what_the_saved_processor_does(exports, tmp_path):
     saved = load_model(folders["composed"])[1]
     marked = Image.open(picture).copy()
     marked.paste((255, 0, 0), (0, 0, 8, 40))  # the left margin, which a square in the middle does not show
-    seen = {name: [each.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in (marked, Image.open(picture))]
-            for name, each in (("padding", padding), ("saved", saved), ("cutting", cutting))}  # fmt: skip
+    seen = {
+        name: [
+            each.image_processor(images=image, return_tensors="pt")["pixel_values"]
+            for image in (marked, Image.open(picture))
+        ]
+        for name, each in (("padding", padding), ("saved", saved), ("cutting", cutting))
+    }
     moved = {name: (one - other).abs().max().item() for name, (one, other) in seen.items()}
     assert moved["cutting"] == 0 < moved["saved"] == moved["padding"]
 
@@ -118,14 +170,25 @@ def test_a_changed_model_is_refused_by_transformers_and_restored_here(exports, n
     readme = (folders[name] / "README.md").read_text()
     assert "load_model" in readme and ("residual" in readme or "position_code" in readme)
     model, processor = load_model(folders[name])
-    assert model.config.model_type == "llava" and getattr(model.config, "aligned_residual", None) or model.config.aligned_position_code
+    assert (
+        model.config.model_type == "llava"
+        and getattr(model.config, "aligned_residual", None)
+        or model.config.aligned_position_code
+    )
     batch = processor(images=Image.open(picture), text="<image> where red", return_tensors="pt")
     with torch.no_grad():
         whole = model(**batch).logits
-        stock = type(model).from_pretrained(folders[name], config=model.config)  # a class, called by name, only warns of the type
-        assert (stock.eval()(**batch).logits - whole).abs().max() > 1e-4, "transformers would have been right, silently"
+        stock = type(model).from_pretrained(
+            folders[name], config=model.config
+        )  # a class, called by name, only warns of the type
+        assert (stock.eval()(**batch).logits - whole).abs().max() > 1e-4, (
+            "transformers would have been right, silently"
+        )
 
 
 def test_a_plain_export_has_no_warning_in_it(exports):
-    assert not (exports[1]["full"] / "README.md").exists() and load_json(exports[1]["lora"] / "config.json")["model_type"] == "llava"
+    assert (
+        not (exports[1]["full"] / "README.md").exists()
+        and load_json(exports[1]["lora"] / "config.json")["model_type"] == "llava"
+    )
     assert WORDS

@@ -1,4 +1,5 @@
-"Every family of models, as tiny random ones of transformers' own classes: layout of the visual tokens, labels, training, padding, LoRA."
+"""Every family of models, as tiny random ones of transformers' own classes: layout of the visual tokens,
+labels, training, padding, LoRA."""
 
 import copy
 import json
@@ -28,7 +29,10 @@ def test_family(family, check):
 
 
 def test_every_layout_has_a_family():
-    found = {next(kind.__name__ for kind in type(tiny(family)[1]).__mro__ if kind.__name__ in LAYOUTS) for family in FAMILIES}
+    found = {
+        next(kind.__name__ for kind in type(tiny(family)[1]).__mro__ if kind.__name__ in LAYOUTS)
+        for family in FAMILIES
+    }
     assert found | {"SmolVLMProcessor"} == set(LAYOUTS)
 
 
@@ -49,7 +53,11 @@ def test_wrong_places_are_noticed(family):
 
 def test_a_visible_answer_is_noticed(monkeypatch):
     "PaliGemma's own processor calls the whole text prompt, under which the answer is seen before it is said."
-    monkeypatch.setattr(family_checks, "encode", lambda *arguments: encode(*arguments) | {"token_type_ids": 0 * encode(*arguments)["input_ids"]})
+    monkeypatch.setattr(
+        family_checks,
+        "encode",
+        lambda *arguments: encode(*arguments) | {"token_type_ids": 0 * encode(*arguments)["input_ids"]},
+    )
     with pytest.raises(AssertionError):
         answers_hidden("paligemma")
 
@@ -57,15 +65,22 @@ def test_a_visible_answer_is_noticed(monkeypatch):
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (97, 61), (40, 40), (33, 250)])
 @pytest.mark.parametrize("family", ["llava", "llava_padded", "paligemma"])
 def test_boxes_are_where_the_processor_looks(family, size):
-    "A picture whose colours are its coordinates goes through the processor, and is read back at the middles of four patches."
+    """A picture whose colours are its coordinates goes through the processor, and is read back at the
+    middles of four patches."""
     processor = tiny(family)[1]
     wide, high = size
     ramp = np.zeros((high, wide, 3), dtype=np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.linspace(20, 220, wide)[None], np.linspace(20, 220, high)[:, None]
-    seen = processor.image_processor(Image.fromarray(ramp), return_tensors="pt", do_normalize=False, do_rescale=False)["pixel_values"][0].float()
-    left, top, right, bottom = shown_box(processor.image_processor, high, wide, square=family == "llava_padded")
+    ramp[..., 0] = np.linspace(20, 220, wide)[None]
+    ramp[..., 1] = np.linspace(20, 220, high)[:, None]
+    seen = processor.image_processor(
+        Image.fromarray(ramp), return_tensors="pt", do_normalize=False, do_rescale=False
+    )["pixel_values"][0].float()
+    left, top, right, bottom = shown_box(
+        processor.image_processor, high, wide, square=family == "llava_padded"
+    )
     for y, x in ((14, 14), (14, 26), (26, 14), (26, 26)):
-        across, down = left + (right - left) * x / 40, top + (bottom - top) * y / 40
+        across = left + (right - left) * x / 40
+        down = top + (bottom - top) * y / 40
         if not (0.05 < across < 0.95 and 0.05 < down < 0.95):
             continue
         red, green = seen[:2, y - 1 : y + 1, x - 1 : x + 1].mean((1, 2)).tolist()
@@ -77,7 +92,9 @@ def test_paligemma_is_encoded_as_its_processor_encodes_prefix_and_suffix():
     pictures = [photo(0, SIZES[0]), photo(1, SIZES[1])]
     said = Record("", ("a", "b"), (Turn("<image><image>what is above", "two red towers", ""),), "")
     ours = encode(said, pictures, processor)
-    theirs = processor(text="<image><image>what is above", suffix="two red towers", images=pictures, return_tensors="pt")
+    theirs = processor(
+        text="<image><image>what is above", suffix="two red towers", images=pictures, return_tensors="pt"
+    )
     for name in ("input_ids", "token_type_ids", "labels", "pixel_values"):
         assert torch.equal(ours[name], theirs[name][0] if name != "pixel_values" else theirs[name]), name
     prompt = encode(said, pictures, processor, with_last_answer=False)
@@ -86,15 +103,25 @@ def test_paligemma_is_encoded_as_its_processor_encodes_prefix_and_suffix():
 
 
 def test_pictures_between_words_and_turns():
-    "Pictures in the middle of a question and in a later turn: labels and layout hold for every family whose template keeps the order."
-    turns = (Turn("what <image> is above <image> the circle", "two red towers", ""), Turn("<image> where", "left", ""))
+    """Pictures in the middle of a question and in a later turn: labels and layout hold for every family
+    whose template keeps the order."""
+    turns = (
+        Turn("what <image> is above <image> the circle", "two red towers", ""),
+        Turn("<image> where", "left", ""),
+    )
     pictures = [photo(seed, size) for seed, size in enumerate(SIZES)]
     for family in FAMILIES:
         processor = tiny(family)[1]
         made = encode(Record("", ("a", "b", "c"), turns, ""), pictures, processor)
-        learnt = processor.tokenizer.decode(made["labels"][made["labels"] != IGNORED], skip_special_tokens=True)
+        learnt = processor.tokenizer.decode(
+            made["labels"][made["labels"] != IGNORED], skip_special_tokens=True
+        )
         assert learnt.replace(" ", "") == "tworedtowersleft", (family, learnt)
-        assert made["visual_mask"].sum() == made["grids"].prod(1).sum() and set(made["view_of"].tolist()) == {0, 1, 2}
+        assert made["visual_mask"].sum() == made["grids"].prod(1).sum() and set(made["view_of"].tolist()) == {
+            0,
+            1,
+            2,
+        }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,39 +129,63 @@ def test_saved_and_loaded(family, tmp_path):
     model, processor = tiny(family)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    if type(processor).__mro__[1].__name__ in LAYOUTS and not is_torchvision_available():  # the subclass that replaces a missing video processor
+    if (
+        type(processor).__mro__[1].__name__ in LAYOUTS and not is_torchvision_available()
+    ):  # the subclass that replaces a missing video processor
         with pytest.raises(InputError, match="torchvision"):
             load_model(tmp_path)
-        again, other = type(model).from_pretrained(tmp_path), put_together(processor, tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        other = put_together(processor, tmp_path)
     else:
         again, other = load_model(tmp_path)
-        assert type(other) is type(processor) and type(getattr(other, "video_processor", None)) is type(getattr(processor, "video_processor", None))
-    one, two = mixed(processor), mixed(other)
+        assert type(other) is type(processor) and type(getattr(other, "video_processor", None)) is type(
+            getattr(processor, "video_processor", None)
+        )
+    one = mixed(processor)
+    two = mixed(other)
     for name, value in one.items():
         if torch.is_tensor(value) and not (name == "pixel_values" and is_torchvision_available()):
             assert torch.equal(value, two[name]), name
-    steps = 255 * (one["pixel_values"] - two["pixel_values"]) * torch.tensor(processor.image_processor.image_std).max()
-    assert steps.abs().max() <= (2.5 if is_torchvision_available() else 0)  # torchvision rounds otherwise when it resizes: by two of 255 steps at most
+    steps = (
+        255
+        * (one["pixel_values"] - two["pixel_values"])
+        * torch.tensor(processor.image_processor.image_std).max()
+    )
+    assert steps.abs().max() <= (
+        2.5 if is_torchvision_available() else 0
+    )  # torchvision rounds otherwise when it resizes: by two of 255 steps at most
     with torch.no_grad():
         assert torch.allclose(model(**model_inputs(one)).logits, again(**model_inputs(one)).logits, atol=1e-5)
 
 
 def put_together(processor, folder):
-    "A processor of what transformers reads from a folder without torchvision: image processor, tokenizer, chat template and settings; the video part stays."
+    """A processor of what transformers reads from a folder without torchvision: image processor,
+    tokenizer, chat template and settings; the video part stays."""
     settings = json.loads((folder / "processor_config.json").read_text())
-    assert {key: getattr(processor, key) for key in settings if hasattr(processor, key) and not isinstance(settings[key], dict)}.items() <= settings.items()
+    assert {
+        key: getattr(processor, key)
+        for key in settings
+        if hasattr(processor, key) and not isinstance(settings[key], dict)
+    }.items() <= settings.items()
     other = copy.copy(processor)
-    other.image_processor, other.tokenizer = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    other.image_processor = AutoImageProcessor.from_pretrained(folder)
+    other.tokenizer = AutoTokenizer.from_pretrained(folder)
     other.chat_template = (folder / "chat_template.jinja").read_text()
-    assert type(other.image_processor) is type(processor.image_processor) and settings["processor_class"] == type(processor).__name__
+    assert (
+        type(other.image_processor) is type(processor.image_processor)
+        and settings["processor_class"] == type(processor).__name__
+    )
     return other
 
 
 @pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("check", ["visual positions", "places in the picture", "several pictures", "labels", "greedy answers"])
+@pytest.mark.parametrize(
+    "check", ["visual positions", "places in the picture", "several pictures", "labels", "greedy answers"]
+)
 def test_torchvision_image_processors(family, check, tmp_path, monkeypatch):
-    "Where torchvision is installed, transformers loads image processors that use it: the layout is right for them, too."
+    """Where torchvision is installed, transformers loads image processors that use it: the layout is
+    right for them, too."""
     tiny(family)[1].save_pretrained(tmp_path)
     fast = AutoProcessor.from_pretrained(tmp_path)
     assert not type(fast.image_processor).__name__.endswith("Pil")
@@ -170,15 +221,29 @@ def test_what_cannot_be_encoded_is_said():
     with pytest.raises(InputError, match="multiple of 32"):
         encode(record(1), [photo(0, SIZES[0])], processor)
     processor = tiny("gemma3")[1]
-    processor.full_image_sequence = processor.full_image_sequence.replace(processor.tokenizer.image_token, "", 1)
+    processor.full_image_sequence = processor.full_image_sequence.replace(
+        processor.tokenizer.image_token, "", 1
+    )
     with pytest.raises(InputError, match="15 placeholders"):
         encode(record(1), [photo(0, SIZES[0])], processor)
 
 
 def test_views_count_the_pictures_of_the_batch():
     processor = tiny("internvl")[1]
-    samples = [sample(processor, [photo(0, SIZES[0])]), sample(processor, []), sample(processor, [photo(1, SIZES[1]), photo(2, SIZES[2])])]
+    samples = [
+        sample(processor, [photo(0, SIZES[0])]),
+        sample(processor, []),
+        sample(processor, [photo(1, SIZES[1]), photo(2, SIZES[2])]),
+    ]
     batch = Collator(processor.tokenizer.pad_token_id)(samples)
-    assert batch["view_of"].tolist() == [*samples[0]["view_of"].tolist(), *(samples[2]["view_of"] + 1).tolist()]
-    assert len(batch["grids"]) == len(batch["boxes"]) == len(batch["view_of"]) and batch["boxes"].dtype == torch.float32
-    assert not {"grids", "boxes", "view_of", "labels", "visual_mask", "image_names"} & set(model_inputs(batch))
+    assert batch["view_of"].tolist() == [
+        *samples[0]["view_of"].tolist(),
+        *(samples[2]["view_of"] + 1).tolist(),
+    ]
+    assert (
+        len(batch["grids"]) == len(batch["boxes"]) == len(batch["view_of"])
+        and batch["boxes"].dtype == torch.float32
+    )
+    assert not {"grids", "boxes", "view_of", "labels", "visual_mask", "image_names"} & set(
+        model_inputs(batch)
+    )

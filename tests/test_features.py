@@ -1,4 +1,5 @@
-"""Features on disk: the same as in memory, for every family, in bounded memory, after a kill, and refused where they are not what was asked for."""
+"""Features on disk: the same as in memory, for every family, in bounded memory, after a kill, and refused
+where they are not what was asked for."""
 
 import os
 import signal
@@ -12,12 +13,18 @@ import torch
 from family_checks import SIZES, photo
 from tiny_models import FAMILIES, tiny
 
-from aligned_mllm.analysis.features import features_beside, own_encoder, picture_batch, read_features, write_features
+from aligned_mllm.analysis.features import (
+    features_beside,
+    own_encoder,
+    picture_batch,
+    read_features,
+    write_features,
+)
 from aligned_mllm.analysis.subjects import Subject
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
-from aligned_mllm.models.parts import embedded_model
+from aligned_mllm.worlds.small_models import embedded_model
 from aligned_mllm.models.taps import Taps
 from aligned_mllm.teachers.vision import load_teacher, random_teacher
 
@@ -26,20 +33,27 @@ PICTURES = [photo(seed, size) for seed, size in enumerate([*SIZES, (200, 90)])]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_picture_by_picture(family, tmp_path):
-    "Rows of each picture, written in batches, are what the model gives for that picture alone, and lie where its views say."
-    subject, teacher = Subject(family, *tiny(family)), random_teacher(load_teacher("dense"), 0)
+    """Rows of each picture, written in batches, are what the model gives for that picture alone, and lie
+    where its views say."""
+    subject = Subject(family, *tiny(family))
+    teacher = random_teacher(load_teacher("dense"), 0)
     write_features(subject, PICTURES, tmp_path, {"random": teacher}, encoder=False, batch_size=3)
     kept = read_features(tmp_path)[family]
     for index, image in enumerate(PICTURES):
-        batch, rows = picture_batch(subject.processor, [image]), (kept.index.picture == index).to_numpy()
+        batch = picture_batch(subject.processor, [image])
+        rows = (kept.index.picture == index).to_numpy()
         with torch.inference_mode(), Taps(subject.model, [0, 3]) as taps:
             subject.model(**model_inputs(batch), use_cache=False)
         for layer in (0, 3):
             assert np.allclose(kept.states(layer)[rows], taps.states(layer, batch["visual_mask"]), atol=2e-4)
-        assert np.allclose(kept.reference("random")[rows], features_beside(teacher, [image], batch), atol=2e-4)
+        assert np.allclose(
+            kept.reference("random")[rows], features_beside(teacher, [image], batch), atol=2e-4
+        )
         for view, grid in enumerate(batch["grids"].tolist()):
             places = kept.index[rows & (kept.index["view"] == view).to_numpy()]
-            assert places[["row", "column"]].values.tolist() == [[row, column] for row in range(grid[0]) for column in range(grid[1])]
+            assert places[["row", "column"]].values.tolist() == [
+                [row, column] for row in range(grid[0]) for column in range(grid[1])
+            ]
     assert (kept.index.shown == 0).any() == (family == "llava_padded")
 
 
@@ -47,7 +61,10 @@ def test_encoders_that_can_be_run_apart_and_those_that_cannot(tmp_path):
     for family in ("llava", "llava_next", "llava_onevision", "paligemma", "gemma3"):
         subject = Subject(family, *tiny(family))
         batch = picture_batch(subject.processor, PICTURES[:2])
-        assert features_beside(own_encoder(subject), PICTURES[:2], batch).shape == (int(batch["visual_mask"].sum()), own_encoder(subject).width)
+        assert features_beside(own_encoder(subject), PICTURES[:2], batch).shape == (
+            int(batch["visual_mask"].sum()),
+            own_encoder(subject).width,
+        )
     for family in ("qwen2_5_vl", "internvl", "idefics3"):
         with pytest.raises(InputError, match="encoder=False"):
             write_features(Subject(family, *tiny(family)), PICTURES, tmp_path)
@@ -58,8 +75,8 @@ import sys, time, torch
 from aligned_mllm.analysis.features import write_features
 from aligned_mllm.analysis.subjects import Subject
 from aligned_mllm.core import data_folder, peak_memory
-from aligned_mllm.data.scenes import draw, scenes_of
-from aligned_mllm.models.parts import embedded_model
+from aligned_mllm.worlds.scenes import draw, scenes_of
+from aligned_mllm.worlds.small_models import embedded_model
 torch.set_num_threads(1)
 class Drawn:
     "Pictures made when they are asked for."
@@ -76,12 +93,21 @@ print(drawn.peaks[len(drawn.peaks) // 6], drawn.peaks[-1])
 
 
 def start(folder, count, pause=0.0):
-    return subprocess.Popen([sys.executable, "-c", WRITE, str(folder), str(count), str(pause)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITE, str(folder), str(count), str(pause)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "lock"}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
 
 
 def test_memory_does_not_grow_with_the_pictures(tmp_path):
@@ -94,7 +120,8 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path):
 
 
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     assert start(whole, 60).wait(timeout=100) == 0
     process = start(broken, 60, pause=0.02)
     note = broken / "model" / "progress.json"
@@ -111,7 +138,8 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
 
 
 def test_other_weights_settings_and_pictures_are_refused(tmp_path, parts):
-    subject, teachers = Subject("model", *embedded_model(parts)), {"dense": load_teacher("dense")}
+    subject = Subject("model", *embedded_model(parts))
+    teachers = {"dense": load_teacher("dense")}
     write_features(subject, PICTURES, tmp_path, teachers, layers=[1])
     before = contents(tmp_path)
     write_features(subject, PICTURES, tmp_path, teachers, layers=[1])
@@ -126,7 +154,16 @@ def test_other_weights_settings_and_pictures_are_refused(tmp_path, parts):
         ({"layers": [9]}, "9"),
     ):
         with pytest.raises(InputError, match=words):
-            write_features(**{"subjects": subject, "images": PICTURES, "folder": tmp_path, "teachers": teachers, "layers": [1], **changed})
+            write_features(
+                **{
+                    "subjects": subject,
+                    "images": PICTURES,
+                    "folder": tmp_path,
+                    "teachers": teachers,
+                    "layers": [1],
+                    **changed,
+                }
+            )
     assert contents(tmp_path) == before
 
 
@@ -134,5 +171,7 @@ def test_records_give_each_picture_once(small_data, tmp_path, parts):
     records = Records(small_data / "test.jsonl", small_data)
     write_features(Subject("a/b", *embedded_model(parts)), records, tmp_path, layers=[0], dtype="float16")
     kept = read_features(tmp_path)["a/b"]
-    assert kept.index.picture.nunique() == len({name for index in range(len(records)) for name in records[index].images})
+    assert kept.index.picture.nunique() == len(
+        {name for index in range(len(records)) for name in records[index].images}
+    )
     assert kept.states(0).dtype == np.float16 and kept.references == ("encoder",)

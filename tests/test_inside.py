@@ -1,4 +1,5 @@
-"The page of one or two runs: measured once, on these weights and questions only; the numbers are those of independent computation; nothing is fetched."
+"""The page of one or two runs: measured once, on these weights and questions only; the numbers are those
+of independent computation; nothing is fetched."""
 
 import pandas as pd
 import pytest
@@ -6,8 +7,8 @@ import pytest
 from aligned_mllm.cli import main
 from aligned_mllm.core import data_folder, save_json
 from aligned_mllm.evals.task import is_right
-from aligned_mllm.inside import inside
-from aligned_mllm.models.parts import embedded_model
+from aligned_mllm.reporting.model_report import inside
+from aligned_mllm.worlds.small_models import embedded_model
 
 
 @pytest.fixture(scope="module")
@@ -17,27 +18,55 @@ def runs(tmp_path_factory, small_data):
         model, processor = embedded_model(data_folder() / "parts", seed=seed)
         model.save_pretrained(run / "model")
         processor.save_pretrained(run / "model")
-        save_json({"data": str(small_data), "seed": 0, "align_weight": 0.5 * seed, "align_layers": [3], "teacher": "dense"}, run / "config.json")
+        save_json(
+            {
+                "data": str(small_data),
+                "seed": 0,
+                "align_weight": 0.5 * seed,
+                "align_layers": [3],
+                "teacher": "dense",
+            },
+            run / "config.json",
+        )
         save_json({"steps": 4, "seconds": 2.0}, run / "done.json")
-        pd.DataFrame([(2, "accuracy", 0.5)], columns=["step", "name", "value"]).to_csv(run / "curves.csv", index=False)
+        pd.DataFrame([(2, "accuracy", 0.5)], columns=["step", "name", "value"]).to_csv(
+            run / "curves.csv", index=False
+        )
     return [str(run) for run in folders]
 
 
 def test_the_command_measures_two_runs(runs, tmp_path, small_data, capsys):
-    arguments = ["inside", *runs, "--output", str(tmp_path / "page"), "--questions", "20", "--pictures", "5", "--measures", "answers,attention"]
+    arguments = [
+        "inside",
+        *runs,
+        "--output",
+        str(tmp_path / "page"),
+        "--questions",
+        "20",
+        "--pictures",
+        "5",
+        "--measures",
+        "answers,attention",
+    ]
     assert main(arguments) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "page" / "inside.html")
     answers = pd.read_csv(tmp_path / "page" / "answers.csv")
     every = answers[answers.category == "all"].set_index("model")
     assert list(every.index) == ["plain", "viral"] and (every.questions == 20).all()
     more = every["more than the first"]
-    assert more["viral"] == pytest.approx(every.accuracy["viral"] - every.accuracy["plain"]) and every.low["viral"] <= every.high["viral"] and more.isna()["plain"]
+    assert (
+        more["viral"] == pytest.approx(every.accuracy["viral"] - every.accuracy["plain"])
+        and every.low["viral"] <= every.high["viral"]
+        and more.isna()["plain"]
+    )
 
     from aligned_mllm.analysis.subjects import load_subject
     from aligned_mllm.data.records import Records
     from aligned_mllm.evals.task import answers_of
 
     asked = Records(tmp_path / "page" / "questions.jsonl", small_data)
-    assert [record.id for record in asked] == [record.id for record in Records(small_data / "test.jsonl", small_data)[:20]]
+    assert [record.id for record in asked] == [
+        record.id for record in Records(small_data / "test.jsonl", small_data)[:20]
+    ]
     subject = load_subject(runs[1])
     told = answers_of(subject.model, subject.processor, asked)
     right = [is_right(answer, asked[index].turns[-1].answer) for index, answer in enumerate(told.answer)]
@@ -72,5 +101,10 @@ def test_bad_words(runs, tmp_path, words, capsys):
 
 
 def test_four_runs_and_one_run_twice(runs, tmp_path, capsys):
-    assert main(["inside", *runs, *runs, "--output", str(tmp_path)]) == 2 and "4 runs" in capsys.readouterr().err
-    assert main(["inside", runs[0], runs[0], "--output", str(tmp_path)]) == 2 and "twice" in capsys.readouterr().err
+    assert (
+        main(["inside", *runs, *runs, "--output", str(tmp_path)]) == 2 and "4 runs" in capsys.readouterr().err
+    )
+    assert (
+        main(["inside", runs[0], runs[0], "--output", str(tmp_path)]) == 2
+        and "twice" in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
-"The alignment objective against double precision, its masks, views, projectors and schedules; the residuals in training and generation."
+"""The alignment objective against double precision, its masks, views, projectors and schedules; the
+residuals in training and generation."""
 
 import math
 from copy import deepcopy
@@ -8,13 +9,22 @@ import torch
 from torch import nn
 
 from aligned_mllm.core import InputError, checksum, seed_everything
-from aligned_mllm.models.compose import add_lora, compose, load_model, parameter_audit, train_only, word_tokenizer
+from aligned_mllm.models.compose import (
+    add_lora,
+    compose,
+    load_model,
+    parameter_audit,
+    train_only,
+    word_tokenizer,
+)
 from aligned_mllm.models.residual import RESIDUALS, add_residual
 from aligned_mllm.models.taps import Taps
 from aligned_mllm.objectives.viral import KINDS, SCHEDULES, Viral, no_alignment, scheduled_weight
 
 GRIDS = torch.tensor([[3, 4], [5, 5], [2, 3]])  # three views of different sizes
-V, D, T = int(GRIDS.prod(1).sum()), 12, 7
+V = int(GRIDS.prod(1).sum())
+D = 12
+T = 7
 
 
 def batch(seed: int = 0, layers=(2, 3)):
@@ -32,7 +42,8 @@ def reference(objective: Viral, states, targets, keep=None):
     keep = torch.ones(V, dtype=torch.bool) if keep is None else keep
     inputs = {layer: value.detach().double().requires_grad_() for layer, value in states.items()}
     weights = {name: value.detach().double().requires_grad_() for name, value in objective.named_parameters()}
-    views, begin = [], 0
+    views = []
+    begin = 0
     for rows, columns in GRIDS.tolist():
         views.append([index for index in range(begin, begin + rows * columns) if keep[index]])
         begin += rows * columns
@@ -49,7 +60,8 @@ def reference(objective: Viral, states, targets, keep=None):
     def cosine(a, b):
         return (a * b).sum() / ((a * a).sum() ** 0.5 * (b * b).sum() ** 0.5)
 
-    total, y = 0, targets.double()
+    total = 0
+    y = targets.double()
     for layer in objective.layers:
         p = [projected(layer, inputs[layer][index]) for index in range(V)]
         for view in views:
@@ -57,10 +69,16 @@ def reference(objective: Viral, states, targets, keep=None):
                 if objective.kind == "cosine":
                     total = total - cosine(p[i], y[i])
                 else:
-                    total = total + sum((cosine(p[i], p[j]) - cosine(y[i], y[j])) ** 2 for j in view) / len(view)
+                    total = total + sum((cosine(p[i], p[j]) - cosine(y[i], y[j])) ** 2 for j in view) / len(
+                        view
+                    )
     mean = total / len(objective.layers) / int(keep.sum())
     mean.backward()
-    return mean.item(), {layer: value.grad for layer, value in inputs.items()}, {name: value.grad for name, value in weights.items()}
+    return (
+        mean.item(),
+        {layer: value.grad for layer, value in inputs.items()},
+        {name: value.grad for name, value in weights.items()},
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,13 +103,25 @@ def test_the_default_is_bit_for_bit_what_it_was():
     seed_everything(5)
     now = Viral(D, T, [2, 3], 0.5, 9)
     seed_everything(5)
-    was = nn.ModuleDict({"projector": nn.Sequential(nn.Linear(D, 9), nn.SiLU(), nn.Linear(9, 9), nn.SiLU(), nn.Linear(9, T))})
+    was = nn.ModuleDict(
+        {"projector": nn.Sequential(nn.Linear(D, 9), nn.SiLU(), nn.Linear(9, 9), nn.SiLU(), nn.Linear(9, T))}
+    )
     assert checksum(now) == checksum(was) and list(now.state_dict()) == list(was.state_dict())
     total = targets.new_zeros(())
     for layer in (2, 3):
-        total = total - nn.functional.cosine_similarity(was["projector"](states[layer]).float(), targets.float(), dim=-1).sum()
+        total = (
+            total
+            - nn.functional.cosine_similarity(
+                was["projector"](states[layer]).float(), targets.float(), dim=-1
+            ).sum()
+        )
     term = now(states, targets)
-    assert torch.equal(term.total, total / 2) and (term.name, term.count, term.unit, term.weight) == ("viral", V, "visual", 0.5)
+    assert torch.equal(term.total, total / 2) and (term.name, term.count, term.unit, term.weight) == (
+        "viral",
+        V,
+        "visual",
+        0.5,
+    )
     (total / 2).backward()
     term.total.backward()
     assert all(torch.equal(one.grad, other.grad) for one, other in zip(now.parameters(), was.parameters()))
@@ -99,9 +129,13 @@ def test_the_default_is_bit_for_bit_what_it_was():
 
 def test_equal_views_average_their_matrices():
     seed_everything(0)
-    h, y = torch.randn(18, D), torch.randn(18, T)
+    h = torch.randn(18, D)
+    y = torch.randn(18, T)
     found = Viral(D, T, [1], kind="relation")({1: h}, y, grids=torch.tensor([[3, 3], [3, 3]])).mean
-    matrices = [[nn.functional.cosine_similarity(x[None], x[:, None], dim=-1) for x in value.split(9)] for value in (h, y)]
+    matrices = [
+        [nn.functional.cosine_similarity(x[None], x[:, None], dim=-1) for x in value.split(9)]
+        for value in (h, y)
+    ]
     expected = sum(nn.functional.mse_loss(a, b) for a, b in zip(*matrices)) / 2
     assert abs(found - expected) < 1e-6
 
@@ -124,24 +158,41 @@ def test_parts_of_a_batch_add_up(kind):
     states, targets, keep = batch()
     objective = Viral(D, T, [2, 3], hidden=9, kind=kind)
     whole = objective(states, targets, keep, GRIDS)
-    edges, terms = [0, 12, 37, V], []
+    edges = [0, 12, 37, V]
+    terms = []
     for view in range(3):
         part = slice(edges[view], edges[view + 1])
-        terms.append(objective({layer: value[part] for layer, value in states.items()}, targets[part], keep[part], GRIDS[view : view + 1]))
+        terms.append(
+            objective(
+                {layer: value[part] for layer, value in states.items()},
+                targets[part],
+                keep[part],
+                GRIDS[view : view + 1],
+            )
+        )
     assert sum(term.count for term in terms) == whole.count
     assert torch.allclose(sum(term.total for term in terms), whole.total, atol=1e-5)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.05, 0.25, 0.5, 1.0])
 def test_schedules_follow_their_formulas(progress):
-    expected = {"constant": 0.5, "linear": 0.5 - 0.5 * progress, "cosine": 0.5 * math.cos(math.pi * progress / 2) ** 2, "warmup": min(0.5, 5 * progress)}
+    expected = {
+        "constant": 0.5,
+        "linear": 0.5 - 0.5 * progress,
+        "cosine": 0.5 * math.cos(math.pi * progress / 2) ** 2,
+        "warmup": min(0.5, 5 * progress),
+    }
     assert set(expected) == set(SCHEDULES)
     states, targets, _ = batch()
     for kind in SCHEDULES:
         assert abs(scheduled_weight(0.5, kind, progress) - expected[kind]) < 1e-12
         objective = Viral(D, T, [2], 0.5, 9, schedule=kind)
         objective.progress = progress
-        assert objective(states, targets).weight == no_alignment(objective).weight == scheduled_weight(0.5, kind, progress)
+        assert (
+            objective(states, targets).weight
+            == no_alignment(objective).weight
+            == scheduled_weight(0.5, kind, progress)
+        )
     assert scheduled_weight(0.5, "warmup", 0.25, warmup=0.5) == 0.25
 
 
@@ -151,24 +202,30 @@ def test_a_frozen_projector_stays_and_is_saved(tmp_path):
     states, targets, _ = batch()
     objective = Viral(D, T, [2, 3], hidden=9, trainable=False)
     objective(states, targets).total.backward()
-    assert all(parameter.grad is None for parameter in objective.parameters()) and states[2].grad.abs().sum() > 0
+    assert (
+        all(parameter.grad is None for parameter in objective.parameters()) and states[2].grad.abs().sum() > 0
+    )
     whole = nn.ModuleDict({"student": nn.Linear(3, 3), "objective": objective})
     optimizer = Trainer(whole, TrainingArguments(tmp_path, report_to="none", use_cpu=True)).create_optimizer()
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in whole["student"].parameters()}
     assert list(objective.state_dict()) == list(Viral(D, T, [2, 3], hidden=9).state_dict())
     audit = parameter_audit(small_model()[0], {"alignment": objective}).loc["alignment"]
-    assert audit["trained"] == 0 and audit["frozen"] == sum(parameter.numel() for parameter in objective.parameters())
+    assert audit["trained"] == 0 and audit["frozen"] == sum(
+        parameter.numel() for parameter in objective.parameters()
+    )
     assert not no_alignment(objective).total.requires_grad
 
 
 def test_one_projector_or_one_each():
     states, targets, _ = batch()
-    each, shared = Viral(D, T, [2, 3], hidden=9, projectors="each"), Viral(D, T, [2, 3], hidden=9)
+    each = Viral(D, T, [2, 3], hidden=9, projectors="each")
+    shared = Viral(D, T, [2, 3], hidden=9)
     assert {name.rsplit(".", 2)[0] for name in each.state_dict()} == {"projector.2", "projector.3"}
     for layer in (2, 3):
         each.projector[str(layer)].load_state_dict(shared.projector.state_dict())
-    one, other = shared(states, targets), each(states, targets)
+    one = shared(states, targets)
+    other = each(states, targets)
     assert torch.equal(one.total, other.total)
     one.total.backward()
     other.total.backward()
@@ -190,21 +247,26 @@ def test_half_precision_states_meet_a_single_precision_projector():
     assert torch.equal(blurred, Viral(D, T, [2], kind="relation")(states, targets, grids=GRIDS).total)
 
 
-@pytest.mark.parametrize("setting", [{"kind": "angle"}, {"projectors": "none"}, {"schedule": "square"}, {"layers": []}])
+@pytest.mark.parametrize(
+    "setting", [{"kind": "angle"}, {"projectors": "none"}, {"schedule": "square"}, {"layers": []}]
+)
 def test_unknown_settings_are_refused(setting):
     with pytest.raises(InputError):
         Viral(**{"width": D, "teacher_width": T, "layers": [2], **setting})
 
 
-@pytest.mark.parametrize("kind, targets, keep, grids", [
-    ("cosine", torch.zeros(V, T + 1), None, GRIDS),
-    ("cosine", torch.zeros(V - 1, T), None, GRIDS),
-    ("cosine", torch.zeros(V, T), torch.ones(V), GRIDS),
-    ("cosine", torch.zeros(V, T), torch.ones(V - 1, dtype=torch.bool), GRIDS),
-    ("relation", torch.zeros(V, T), None, None),
-    ("relation", torch.zeros(V, T), None, GRIDS[:2]),
-    ("relation_projected", torch.zeros(V, T + 1), None, GRIDS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, targets, keep, grids",
+    [
+        ("cosine", torch.zeros(V, T + 1), None, GRIDS),
+        ("cosine", torch.zeros(V - 1, T), None, GRIDS),
+        ("cosine", torch.zeros(V, T), torch.ones(V), GRIDS),
+        ("cosine", torch.zeros(V, T), torch.ones(V - 1, dtype=torch.bool), GRIDS),
+        ("relation", torch.zeros(V, T), None, None),
+        ("relation", torch.zeros(V, T), None, GRIDS[:2]),
+        ("relation_projected", torch.zeros(V, T + 1), None, GRIDS),
+    ],
+)
 def test_what_does_not_fit_is_refused(kind, targets, keep, grids):
     with pytest.raises(InputError):
         Viral(D, T, [2], hidden=9, kind=kind)(batch()[0], targets, keep, grids)
@@ -215,24 +277,58 @@ def test_what_does_not_fit_is_refused(kind, targets, keep, grids):
 
 def small_model():
     "(model, processor): LLaVA with random weights, 25 visual tokens an image, 4 blocks."
-    from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+    )
 
     tokenizer = word_tokenizer([f"word{index}" for index in range(60)])
     seed_everything(0)
-    tower = AutoModel.from_config(CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=40, patch_size=8))
-    language = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, initializer_range=0.3,
-    ))  # fmt: skip
-    return compose(tower, language, tokenizer, CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}))
+    tower = AutoModel.from_config(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=40,
+            patch_size=8,
+        )
+    )
+    language = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            initializer_range=0.3,
+        )
+    )
+    return compose(
+        tower,
+        language,
+        tokenizer,
+        CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}),
+    )
 
 
 def inputs_of(model) -> dict:
     "Four left-padded samples: one image, two images, words alone, one image."
     seed_everything(3)
-    image, ids = model.config.image_token_id, torch.randint(6, 60, (4, 60))
-    ids[0, 20:45], ids[1, 3:28], ids[1, 30:55], ids[3, 8:33] = image, image, image, image
+    image = model.config.image_token_id
+    ids = torch.randint(6, 60, (4, 60))
+    ids[0, 20:45] = image
+    ids[1, 3:28] = image
+    ids[1, 30:55] = image
+    ids[3, 8:33] = image
     attention = torch.ones_like(ids)
-    ids[0, :7], attention[0, :7], ids[2, :30], attention[2, :30] = 0, 0, 0, 0
+    ids[0, :7] = 0
+    attention[0, :7] = 0
+    ids[2, :30] = 0
+    attention[2, :30] = 0
     return {"input_ids": ids, "attention_mask": attention, "pixel_values": torch.randn(4, 3, 40, 40)}
 
 
@@ -246,44 +342,73 @@ def with_residual(kind: str, layer: int = 2):
 def features_of(model, kind: str, pixels):
     "P(z) or P'(z), by hand: (V, D)."
     projector = model.model.multi_modal_projector
-    tower = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer][:, 1:]
+    tower = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[
+        model.config.vision_feature_layer
+    ][:, 1:]
     return (projector if kind == "post_projection" else projector.residual_adapter)(tower).flatten(0, 1)
 
 
 @pytest.mark.parametrize("kind", RESIDUALS)
 def test_a_residual_adds_exactly_the_features_at_visual_positions(kind):
-    plain, model = small_model()[0], small_model()[0]
+    plain = small_model()[0]
+    model = small_model()[0]
     inputs = inputs_of(model)
     mask = inputs["input_ids"] == model.config.image_token_id
-    model(**inputs, output_hidden_states=True)  # transformers places hooks of its own now, which must see the sum, too
+    model(
+        **inputs, output_hidden_states=True
+    )  # transformers places hooks of its own now, which must see the sum, too
     add_residual(model, 2, kind)
     with torch.no_grad(), Taps(plain, [0, 1, 2, 3]) as before, Taps(model, [0, 1, 2, 3]) as after:
         plain(**inputs), model(**inputs)
         for layer in (0, 1):
             assert torch.equal(after.states(layer), before.states(layer))
         assert torch.equal(after.states(2)[~mask], before.states(2)[~mask])
-        assert torch.allclose(after.states(2)[mask], before.states(2)[mask] + features_of(model, kind, inputs["pixel_values"]), atol=1e-6)
-        assert (after.states(3)[1] != before.states(3)[1]).any() and torch.equal(after.states(3)[2], before.states(3)[2])
+        assert torch.allclose(
+            after.states(2)[mask],
+            before.states(2)[mask] + features_of(model, kind, inputs["pixel_values"]),
+            atol=1e-6,
+        )
+        assert (after.states(3)[1] != before.states(3)[1]).any() and torch.equal(
+            after.states(3)[2], before.states(3)[2]
+        )
         shown = model(**inputs, output_hidden_states=True).hidden_states[2]
         assert torch.equal(shown, after.states(2))
         words = {"input_ids": inputs["input_ids"][2:3]}
-        assert torch.equal(model(**words).logits, plain(**words).logits)  # nothing is left from the call before
-        stray = {"input_ids": torch.full((1, 3), model.config.image_token_id)}  # as a generated token might be
+        assert torch.equal(
+            model(**words).logits, plain(**words).logits
+        )  # nothing is left from the call before
+        stray = {
+            "input_ids": torch.full((1, 3), model.config.image_token_id)
+        }  # as a generated token might be
         assert torch.equal(model(**stray).logits, plain(**stray).logits)
 
 
 @pytest.mark.parametrize("kind", RESIDUALS)
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_generation_is_the_same_with_and_without_a_cache(kind, search):
-    plain, model = small_model()[0], with_residual(kind)
+    plain = small_model()[0]
+    model = with_residual(kind)
     for student in (plain, model):  # features loud enough to change what is said
         for name, value in student.model.multi_modal_projector.named_parameters():
             value.data.mul_(20 if "linear_2.weight" in name else 1)
     inputs = inputs_of(model)
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True,
-                "suppress_tokens": [model.config.image_token_id], **search}  # fmt: skip
-    cached, whole, other = (student.generate(**inputs, **settings, use_cache=cache) for student, cache in ((model, True), (model, False), (plain, True)))
-    assert torch.equal(cached.sequences, whole.sequences) and not torch.equal(cached.sequences, other.sequences)
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "suppress_tokens": [model.config.image_token_id],
+        **search,
+    }
+    cached, whole, other = (
+        student.generate(**inputs, **settings, use_cache=cache)
+        for student, cache in ((model, True), (model, False), (plain, True))
+    )
+    assert torch.equal(cached.sequences, whole.sequences) and not torch.equal(
+        cached.sequences, other.sequences
+    )
     assert all(torch.allclose(one, another, atol=1e-3) for one, another in zip(cached.logits, whole.logits))
     words = slice(2 * search.get("num_return_sequences", 1), 3 * search.get("num_return_sequences", 1))
     assert torch.equal(cached.sequences[words], other.sequences[words])
@@ -291,7 +416,8 @@ def test_generation_is_the_same_with_and_without_a_cache(kind, search):
 
 @pytest.mark.parametrize("kind", RESIDUALS)
 def test_steps_after_the_prompt_add_nothing(kind):
-    "The states of each generated token, given the same cache, are those of a model without the residual from there on."
+    """The states of each generated token, given the same cache, are those of a model without the residual
+    from there on."""
     model = with_residual(kind)
     inputs = inputs_of(model)
     with torch.no_grad():
@@ -327,7 +453,11 @@ def test_missing_adapter_weights_are_noticed(tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: value for name, value in weights.items() if "residual_adapter" not in name}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value for name, value in weights.items() if "residual_adapter" not in name},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(InputError, match="adapter weights"):
         load_model(tmp_path)
 
@@ -335,7 +465,8 @@ def test_missing_adapter_weights_are_noticed(tmp_path):
 @pytest.mark.parametrize("kind", RESIDUALS)
 def test_gradient_reaches_the_projector_through_the_residual(kind):
     "A linear loss on the states after the addition: what the residual adds to the gradient is known."
-    plain, model = small_model()[0], with_residual(kind)
+    plain = small_model()[0]
+    model = with_residual(kind)
     inputs = inputs_of(model)
     mask = inputs["input_ids"] == model.config.image_token_id
     direction = torch.randn(int(mask.sum()), 48)
@@ -346,7 +477,9 @@ def test_gradient_reaches_the_projector_through_the_residual(kind):
     expected = deepcopy(model)
     expected.zero_grad()
     (features_of(expected, kind, inputs["pixel_values"]) * direction).sum().backward()
-    found, before, extra = (dict(student.model.multi_modal_projector.named_parameters()) for student in (model, plain, expected))
+    found, before, extra = (
+        dict(student.model.multi_modal_projector.named_parameters()) for student in (model, plain, expected)
+    )
     for name, parameter in found.items():
         base = before[name].grad if name in before else 0
         more = extra[name].grad if extra[name].grad is not None else 0
@@ -364,9 +497,12 @@ def test_checkpointed_gradients_are_the_plain_ones(kind, reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         inputs = inputs_of(model)
-        first, second = model(**inputs), model(**{**inputs, "pixel_values": -inputs["pixel_values"]})  # both before any backward
+        first = model(**inputs)  # both before any backward
+        second = model(**{**inputs, "pixel_values": -inputs["pixel_values"]})
         (first.logits.square().mean() + 2 * second.logits.square().mean()).backward()
-        gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+        gradients.append(
+            {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        )
     assert set(gradients[0]) == set(gradients[1])
     for name, value in gradients[0].items():
         assert torch.allclose(value, gradients[1][name], rtol=1e-4, atol=1e-5), name
@@ -377,20 +513,32 @@ def test_the_adapter_trains_with_the_projector_also_under_lora(tmp_path):
     inputs = inputs_of(model)
     train_only(model, ["projector"])
     counts = parameter_audit(model).loc["projector"]
-    assert counts["trained"] == 2 * sum(value.numel() for value in small_model()[0].model.multi_modal_projector.parameters()) and counts["frozen"] == 0
+    assert (
+        counts["trained"]
+        == 2 * sum(value.numel() for value in small_model()[0].model.multi_modal_projector.parameters())
+        and counts["frozen"] == 0
+    )
     same = with_residual("pre_projection")(**inputs).logits
     wrapped = add_lora(with_residual("pre_projection"), 4)
     assert torch.allclose(wrapped(**inputs).logits, same, atol=1e-5)
     wrapped.train()(**inputs).logits.square().mean().backward()
-    moved = {name for name, value in wrapped.named_parameters() if value.grad is not None and value.grad.abs().sum() > 0}
-    assert any("residual_adapter" in name for name in moved) and all("lora" in name or "multi_modal_projector" in name for name in moved)
+    moved = {
+        name
+        for name, value in wrapped.named_parameters()
+        if value.grad is not None and value.grad.abs().sum() > 0
+    }
+    assert any("residual_adapter" in name for name in moved) and all(
+        "lora" in name or "multi_modal_projector" in name for name in moved
+    )
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
             if value.requires_grad:
                 value.add_(0.01)
     trained = wrapped.eval()(**inputs).logits
     merged = wrapped.merge_and_unload()
-    assert torch.allclose(merged(**inputs).logits, trained, atol=1e-4) and not torch.allclose(trained, same, atol=1e-2)
+    assert torch.allclose(merged(**inputs).logits, trained, atol=1e-4) and not torch.allclose(
+        trained, same, atol=1e-2
+    )
     merged.save_pretrained(tmp_path)
     small_model()[1].save_pretrained(tmp_path)
     assert torch.allclose(load_model(tmp_path)[0](**inputs).logits, trained, atol=1e-4)

@@ -1,4 +1,5 @@
-"The papers' recipes: every value has a source, the forecast is right, and both stages run with tiny parts of the same classes."
+"""The papers' recipes: every value has a source, the forecast is right, and both stages run with tiny
+parts of the same classes."""
 
 import os
 import socket
@@ -11,20 +12,36 @@ from safetensors.torch import load_file
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.data.collate import IGNORED, encode
 from aligned_mllm.data.records import Records
-from aligned_mllm.forecast import words_in
+from aligned_mllm.training.estimate import words_in
 from aligned_mllm.models.compose import composed_model, load_model
-from aligned_mllm.papers import ROWS, paper_recipe, paper_recipe_names, sources_of, stage1_of
-from aligned_mllm.preview import forecast_of
-from aligned_mllm.rehearsal import tiny_data, tiny_settings
-from aligned_mllm.settings import configured
-from aligned_mllm.shapes import PUBLISHED
-from aligned_mllm.train import main, rehearse
+from aligned_mllm.training.papers.viral import ROWS, paper_recipe, paper_recipe_names, sources_of, stage1_of
+from aligned_mllm.training.dry_run import forecast_of
+from aligned_mllm.training.smoke_test import tiny_data, tiny_settings
+from aligned_mllm.training.config import configured
+from aligned_mllm.training.published import PUBLISHED
+from aligned_mllm.training.run import main, rehearse
 
 FEW = {"use_cpu": True, "max_steps": 2}
 ALL_ROWS = bool(os.environ.get("ALL_ROWS"))  # every row, in two minutes; otherwise those that differ in kind
-FORECAST = ("viral_stage1_vicuna7b_clip", "viral_stage1_vicuna7b_siglip2", "viral_table2_radio", "viral_table2_depth_anything", "viral_table5_layers14to18")
-REHEARSED = ("table4_a_plain", "table4_c_encoder", "table1_vicuna7b_siglip2_viral", "table1_qwen7b_clip_viral", "table2_sam", "table4_b_residual_post",
-             "table4_d_residual_pre", "table4_e_projected", "table5_relation", "table5_layers14to18")  # fmt: skip
+FORECAST = (
+    "viral_stage1_vicuna7b_clip",
+    "viral_stage1_vicuna7b_siglip2",
+    "viral_table2_radio",
+    "viral_table2_depth_anything",
+    "viral_table5_layers14to18",
+)
+REHEARSED = (
+    "table4_a_plain",
+    "table4_c_encoder",
+    "table1_vicuna7b_siglip2_viral",
+    "table1_qwen7b_clip_viral",
+    "table2_sam",
+    "table4_b_residual_post",
+    "table4_d_residual_pre",
+    "table4_e_projected",
+    "table5_relation",
+    "table5_layers14to18",
+)
 
 
 def forecast(name, **settings) -> dict:
@@ -44,13 +61,18 @@ def tiny_world(tmp_path_factory):
     "Data and the parts of two pairs of models."
     folder = tmp_path_factory.mktemp("tiny")
     data = tiny_data(folder / "data")
-    return data, {name: tiny_settings(paper_recipe(f"viral_stage1_{name}"), data, folder / name) for name in ("vicuna7b_clip", "qwen7b_clip")}
+    return data, {
+        name: tiny_settings(paper_recipe(f"viral_stage1_{name}"), data, folder / name)
+        for name in ("vicuna7b_clip", "qwen7b_clip")
+    }
 
 
 @pytest.mark.parametrize("name", paper_recipe_names())
 def test_every_row_resolves_and_says_where_it_stands(name):
     config = configured(name, "DATA", "RUN", {"use_cpu": True})
-    assert set(sources_of(name)) == set(paper_recipe(name)) and all(len(place) > 10 for place in sources_of(name).values())
+    assert set(sources_of(name)) == set(paper_recipe(name)) and all(
+        len(place) > 10 for place in sources_of(name).values()
+    )
     assert config.stage == 1 or paper_recipe(stage1_of(name))["language_model"] == config.language_model
     assert config.gradient_accumulation_steps * config.per_device_train_batch_size == config.global_batch_size
 
@@ -74,33 +96,64 @@ def head(width: int, teacher: int, hidden: int = 2048) -> int:
     return width * hidden + hidden + hidden * hidden + hidden + hidden * teacher + teacher
 
 
-@pytest.mark.parametrize("row, projector, trained, alignment, tokens", [
-    ("table1_vicuna7b_clip_viral", 20_979_712, lora(4096, 4096, 11008, 32), head(4096, 768), 576),
-    ("table1_vicuna7b_siglip2_viral", 1152 * 4096 + 4096 + 4096 * 4096 + 4096, lora(4096, 4096, 11008, 32), head(4096, 768), 729),
-    ("table1_qwen7b_clip_viral", 1024 * 3584 + 3584 + 3584 * 3584 + 3584, lora(3584, 512, 18944, 28), head(3584, 768), 576),
-    ("table1_vicuna13b_clip_viral", 1024 * 5120 + 5120 + 5120 * 5120 + 5120, lora(5120, 5120, 13824, 40), head(5120, 768), 576),
-    ("table2_clip", 20_979_712, lora(4096, 4096, 11008, 32), head(4096, 1024), 576),
-    ("table2_sam", 20_979_712, lora(4096, 4096, 11008, 32), head(4096, 256), 576),
-    ("table4_d_residual_pre", 2 * 20_979_712, lora(4096, 4096, 11008, 32), None, 576),
-    ("table4_e_projected", 20_979_712, lora(4096, 4096, 11008, 32), head(4096, 4096), 576),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, projector, trained, alignment, tokens",
+    [
+        ("table1_vicuna7b_clip_viral", 20_979_712, lora(4096, 4096, 11008, 32), head(4096, 768), 576),
+        (
+            "table1_vicuna7b_siglip2_viral",
+            1152 * 4096 + 4096 + 4096 * 4096 + 4096,
+            lora(4096, 4096, 11008, 32),
+            head(4096, 768),
+            729,
+        ),
+        (
+            "table1_qwen7b_clip_viral",
+            1024 * 3584 + 3584 + 3584 * 3584 + 3584,
+            lora(3584, 512, 18944, 28),
+            head(3584, 768),
+            576,
+        ),
+        (
+            "table1_vicuna13b_clip_viral",
+            1024 * 5120 + 5120 + 5120 * 5120 + 5120,
+            lora(5120, 5120, 13824, 40),
+            head(5120, 768),
+            576,
+        ),
+        ("table2_clip", 20_979_712, lora(4096, 4096, 11008, 32), head(4096, 1024), 576),
+        ("table2_sam", 20_979_712, lora(4096, 4096, 11008, 32), head(4096, 256), 576),
+        ("table4_d_residual_pre", 2 * 20_979_712, lora(4096, 4096, 11008, 32), None, 576),
+        ("table4_e_projected", 20_979_712, lora(4096, 4096, 11008, 32), head(4096, 4096), 576),
+    ],
+)
 def test_counts_are_those_made_by_hand(row, projector, trained, alignment, tokens):
     found = forecast(f"viral_{row}")
     assert found["What trains"]["projector"].startswith(f"trained {projector:,},")
     assert found["What trains"]["language_model"].startswith(f"trained {trained:,},")
-    assert found["What trains"].get("alignment") == (f"trained {alignment:,}, frozen 0" if alignment else None)
+    assert found["What trains"].get("alignment") == (
+        f"trained {alignment:,}, frozen 0" if alignment else None
+    )
     assert found["A sample"]["visual tokens"].startswith(f"{tokens} ") and found["Steps"]["steps"] == 5198
     if row == "table1_vicuna7b_clip_viral":
         assert round(alignment / 1e6, 2) == 14.16
-        assert "frozen 6,738,423,808" in found["What trains"]["language_model"]  # LLaMA-2-7B and one row for <image>, in embedding and head
+        assert (
+            "frozen 6,738,423,808" in found["What trains"]["language_model"]
+        )  # LLaMA-2-7B and one row for <image>, in embedding and head
 
 
 def test_memory_follows_its_formula():
     found = forecast("viral_table1_vicuna7b_clip_plain")["Memory of one GPU, GiB (an estimate)"]
-    trained, frozen = 20_979_712 + 319_815_680, 303_507_456 + 20_979_712 + 6_738_423_808
+    trained = 20_979_712 + 319_815_680
+    frozen = 303_507_456 + 20_979_712 + 6_738_423_808
     inside = 14 * 4096 + 2 * 4096 + 5 * 11008
-    expected = {"weights": 2 * frozen + 4 * trained, "gradients": 4 * trained, "AdamW": 8 * trained, "activations": 8 * 2048 * (2 * 32 * 4096 + 2 * inside),
-                "logits": 10 * 8 * (2048 - 576) * 32001}  # fmt: skip
+    expected = {
+        "weights": 2 * frozen + 4 * trained,
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "activations": 8 * 2048 * (2 * 32 * 4096 + 2 * inside),
+        "logits": 10 * 8 * (2048 - 576) * 32001,
+    }
     for name, size in expected.items():
         assert abs(found[name] - size / 2**30) < 1e-9, name
     assert abs(found["total"] - sum(expected.values()) / 2**30) < 1e-9
@@ -110,7 +163,12 @@ def test_the_command_says_it_without_touching_anything(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert main(["--recipe", "viral_table3_layer28", "--dry-run", "--set", "align_weight=0.25"]) == 0
     said = capsys.readouterr().out
-    assert "5,198" in said and "[28] of 32 blocks" in said and "0.25  [set for this run]" in said and "5.2K steps" in said
+    assert (
+        "5,198" in said
+        and "[28] of 32 blocks" in said
+        and "0.25  [set for this run]" in said
+        and "5.2K steps" in said
+    )
     assert list(tmp_path.iterdir()) == []
     assert main(["--recipe", "scenes_lora_viral", "--dry-run"]) == 0
     assert "trained 8,320" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
@@ -128,9 +186,13 @@ def test_words_are_counted_where_the_records_are(tiny_world):
     assert said["with_images"] == 0.75 and "75%" in found["A sample"]["with a picture"]
 
 
-@pytest.mark.parametrize("name, begin, end", [("vicuna7b_clip", "ASSISTANT:", "</s>"), ("qwen7b_clip", "<|im_start|>assistant\n", "<|im_end|>")])
+@pytest.mark.parametrize(
+    "name, begin, end",
+    [("vicuna7b_clip", "ASSISTANT:", "</s>"), ("qwen7b_clip", "<|im_start|>assistant\n", "<|im_end|>")],
+)
 def test_labels_are_the_answers_and_their_ends(tiny_world, name, begin, end):
-    "Token by token: learnt is what follows `begin`, up to and with `end`; by another way than the template's spans."
+    """Token by token: learnt is what follows `begin`, up to and with `end`; by another way than the
+    template's spans."""
     data, settings = tiny_world
     chat = paper_recipe(f"viral_stage1_{name}")["chat"]
     _, processor = composed_model(settings[name]["vision_tower"], settings[name]["language_model"], chat)
@@ -139,38 +201,75 @@ def test_labels_are_the_answers_and_their_ends(tiny_world, name, begin, end):
         from PIL import Image
 
         made = encode(record, [Image.open(data / image) for image in record.images], processor)
-        ids, labels, inside, expected = made["input_ids"].tolist(), made["labels"].tolist(), False, []
+        ids = made["input_ids"].tolist()
+        labels = made["labels"].tolist()
+        inside = False
+        expected = []
         for index, token in enumerate(ids):
             expected.append(token if inside else IGNORED)
-            inside = (inside or tokenizer.decode(ids[: index + 1]).endswith(begin)) and tokenizer.convert_ids_to_tokens(token) != end
+            inside = (
+                inside or tokenizer.decode(ids[: index + 1]).endswith(begin)
+            ) and tokenizer.convert_ids_to_tokens(token) != end
         assert labels == expected
         learnt = tokenizer.decode([label for label in labels if label != IGNORED])
-        assert [answer.strip() for answer in learnt.split(end)] == [*(turn.answer for turn in record.turns), ""]
+        assert [answer.strip() for answer in learnt.split(end)] == [
+            *(turn.answer for turn in record.turns),
+            "",
+        ]
         assert made["visual_mask"].sum() == 16 * len(record.images)
 
 
 @pytest.mark.parametrize("row", ROWS if ALL_ROWS else REHEARSED)
 def test_rehearsal(row, tmp_path, no_network):
-    name, wanted = f"viral_{row}", paper_recipe(f"viral_{row}")
+    name = f"viral_{row}"
+    wanted = paper_recipe(f"viral_{row}")
     folder = rehearse(name, tmp_path / "run", FEW)
-    stage1, done, config = tmp_path / "run_tiny" / "stage1", load_json(folder / "done.json"), load_json(folder / "config.json")
+    stage1 = tmp_path / "run_tiny" / "stage1"
+    done = load_json(folder / "done.json")
+    config = load_json(folder / "config.json")
     assert done["steps"] == 2 and load_json(stage1 / "done.json")["steps"] == 2
-    same = set(wanted) - {"model", "language_model", "vision_tower", "teacher", "align_layers", "align_projector_width", "residual_layer", "lora_rank",
-                          "lora_alpha", "global_batch_size", "compile_layers"}  # fmt: skip
+    same = set(wanted) - {
+        "model",
+        "language_model",
+        "vision_tower",
+        "teacher",
+        "align_layers",
+        "align_projector_width",
+        "residual_layer",
+        "lora_rank",
+        "lora_alpha",
+        "global_batch_size",
+        "compile_layers",
+    }
     assert {key: config[key] for key in same} == {key: wanted[key] for key in same}
     assert len(config["align_layers"]) == len(wanted.get("align_layers", [3]))
     curves = pd.read_csv(folder / "curves.csv")
     assert curves[curves.name == "loss"].value.notna().all() and len(curves[curves.name == "loss"]) == 2
     if wanted.get("align_weight"):
         assert curves[curves.name == "loss_viral"].value.abs().gt(1e-6).all()
-        assert (load_json(folder / "teachers.json").get("before") is None) == (wanted["teacher"] == "encoder_projected")
+        assert (load_json(folder / "teachers.json").get("before") is None) == (
+            wanted["teacher"] == "encoder_projected"
+        )
     model, processor = load_model(folder / "model")
-    assert type(model.model.language_model).__name__.startswith("Qwen2" if "Qwen" in wanted["language_model"] else "Llama")
-    assert type(model.model.vision_tower).__name__.startswith("Siglip" if "siglip" in wanted["vision_tower"] else "CLIP")
-    assert processor.image_processor.do_pad and (getattr(model.config, "aligned_residual", None) is not None) == ("residual" in wanted)
+    assert type(model.model.language_model).__name__.startswith(
+        "Qwen2" if "Qwen" in wanted["language_model"] else "Llama"
+    )
+    assert type(model.model.vision_tower).__name__.startswith(
+        "Siglip" if "siglip" in wanted["vision_tower"] else "CLIP"
+    )
+    assert processor.image_processor.do_pad and (
+        getattr(model.config, "aligned_residual", None) is not None
+    ) == ("residual" in wanted)
     before, after = (load_file(where / "model" / "model.safetensors") for where in (stage1, folder))
-    changed = {next(part for part in ("vision_tower", "multi_modal_projector", "language_model", "lm_head") if part in key)
-               for key in after if key in before and not torch.equal(before[key], after[key])}  # fmt: skip
+    changed = {
+        next(
+            part
+            for part in ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+            if part in key
+        )
+        for key in after
+        if key in before and not torch.equal(before[key], after[key])
+    }
     assert changed == {"multi_modal_projector", "language_model"}
 
 
@@ -179,4 +278,6 @@ def test_what_cannot_be_rehearsed_is_said(tmp_path):
         rehearse("scenes_viral", tmp_path / "run")
     with pytest.raises(SystemExit):
         main(["--recipe", "viral_table2_sam", "--tiny"])
-    assert set(PUBLISHED) >= {paper_recipe(name)[key] for name in paper_recipe_names() for key in ("vision_tower", "language_model")}
+    assert set(PUBLISHED) >= {
+        paper_recipe(name)[key] for name in paper_recipe_names() for key in ("vision_tower", "language_model")
+    }

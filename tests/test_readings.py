@@ -1,4 +1,5 @@
-"Logit lens, nearest words and PCA pictures: against computations of another make, for every family of models."
+"""Logit lens, nearest words and PCA pictures: against computations of another make, for every family of
+models."""
 
 import numpy as np
 import pytest
@@ -28,21 +29,34 @@ def test_at_the_last_layer_the_lens_is_the_models_own_prediction(family):
     lens = logit_lens(subject, batch, top=3, special=True)
     assert set(lens.layer) == {0, 1, 2, 3} and set(lens.patch) == set(range(len(own)))
     last = lens[lens.layer == 3].sort_values(["patch", "rank"])
-    of_words = own[:, : len(subject.processor.tokenizer)]  # rows of the table beyond the tokenizer are no words
+    of_words = own[
+        :, : len(subject.processor.tokenizer)
+    ]  # rows of the table beyond the tokenizer are no words
     assert np.abs(last.probability.to_numpy().reshape(-1, 3) - of_words.topk(3).values.numpy()).max() < 1e-5
     at = own[torch.tensor(last.patch.to_numpy()), torch.tensor(last.token_id.to_numpy())]
     assert np.abs(at.numpy() - last.probability.to_numpy()).max() < 1e-5
     assert (lens[lens.layer == 1].probability.to_numpy() - last.probability.to_numpy()).std() > 1e-6
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3", "paligemma", "gemma3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3", "paligemma", "gemma3"],
+)
 def test_nearest_words_of_what_the_projector_made(family):
     subject = subject_of(family, wrapped=family == "llava")
     batch = subject.batch([photo(0, SIZES[0])])
-    pictures = {name: value for name, value in model_inputs(batch).items() if not name.startswith(("input_ids", "attention", "token_type", "mm_token"))}
+    pictures = {
+        name: value
+        for name, value in model_inputs(batch).items()
+        if not name.startswith(("input_ids", "attention", "token_type", "mm_token"))
+    }
     with torch.no_grad():
         made = subject.model.get_image_features(**pictures).pooler_output
-    made = torch.cat([part.flatten(0, -2) for part in made]) if isinstance(made, (list, tuple)) else made.flatten(0, -2)
+    made = (
+        torch.cat([part.flatten(0, -2) for part in made])
+        if isinstance(made, (list, tuple))
+        else made.flatten(0, -2)
+    )
     made = made[batch["visual_mask"][batch["input_ids"] == subject.model.config.image_token_id]].numpy()
     table = subject.model.get_input_embeddings().weight.detach().numpy()
     words = nearest_words(subject, batch, top=1)
@@ -50,7 +64,9 @@ def test_nearest_words_of_what_the_projector_made(family):
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     known = [index for index in range(len(tokenizer)) if index not in special]
     for patch in (0, len(made) // 2, len(made) - 1):
-        cosines = table[known] @ made[patch] / np.linalg.norm(table[known], axis=1) / np.linalg.norm(made[patch])
+        cosines = (
+            table[known] @ made[patch] / np.linalg.norm(table[known], axis=1) / np.linalg.norm(made[patch])
+        )
         row = words[words.patch == patch].iloc[0]
         assert row.token_id == known[int(cosines.argmax())] and abs(row.cosine - cosines.max()) < 1e-5
     assert len(words) == len(made)
@@ -58,16 +74,20 @@ def test_nearest_words_of_what_the_projector_made(family):
 
 def test_special_tokens_are_shown_only_when_asked_for():
     subject = subject_of("llava")
-    batch, size = subject.batch([photo(0, SIZES[0])]), len(subject.processor.tokenizer)
+    batch = subject.batch([photo(0, SIZES[0])])
+    size = len(subject.processor.tokenizer)
     everything = logit_lens(subject, batch, [1], top=size, special=True)
     assert set(subject.processor.tokenizer.all_special_ids) <= set(everything.token_id)
-    assert not set(subject.processor.tokenizer.all_special_ids) & set(logit_lens(subject, batch, [1], top=size - 4).token_id)
+    assert not set(subject.processor.tokenizer.all_special_ids) & set(
+        logit_lens(subject, batch, [1], top=size - 4).token_id
+    )
     with pytest.raises(InputError, match="best of"):
         logit_lens(subject, batch, [1], top=size)
 
 
 def test_two_models_stand_in_one_table_and_one_figure():
-    subjects, picture = [subject_of("llava"), subject_of("qwen2_5_vl")], photo(0, (80, 80))
+    subjects = [subject_of("llava"), subject_of("qwen2_5_vl")]
+    picture = photo(0, (80, 80))
     table = lens_table(subjects, [picture], layers=[0, 2], top=2)
     assert list(table.model.unique()) == ["llava", "qwen2_5_vl"]
     one = table[table.model == "llava"]
@@ -85,16 +105,21 @@ def test_directions_are_those_of_a_singular_value_decomposition():
         mean, directions, shares = principal_directions(torch.tensor(tokens))
         _, values, right = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
         assert np.abs(np.abs(directions.numpy() @ right[:3].T) - np.eye(3)).max() < 1e-8
-        assert np.allclose(shares, values[:3] ** 2 / (values**2).sum()) and all(row[row.abs().argmax()] > 0 for row in directions)
+        assert np.allclose(shares, values[:3] ** 2 / (values**2).sum()) and all(
+            row[row.abs().argmax()] > 0 for row in directions
+        )
 
 
 def test_colours_in_a_shared_basis_compare_and_in_their_own_do_not():
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(2, 12, 8, generator=generator) * torch.arange(8, 0, -1)
-    grids, rolled = torch.tensor([[3, 4], [3, 4]]), first.flip(0)
+    grids = torch.tensor([[3, 4], [3, 4]])
+    rolled = first.flip(0)
     shared, told = pca_pictures({"a": first, "b": rolled}, grids, shared=True)
     assert np.array_equal(shared["a"][0], shared["b"][1]) and np.array_equal(shared["a"][1], shared["b"][0])
-    assert set(told.picture) == {-1} and np.allclose(told[told.entry == "a"].share, told[told.entry == "b"].share)
+    assert set(told.picture) == {-1} and np.allclose(
+        told[told.entry == "a"].share, told[told.entry == "b"].share
+    )
     turned = first @ torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
     own, _ = pca_pictures({"a": first, "b": turned}, grids)
     same, _ = pca_pictures({"a": first, "b": turned}, grids, shared=True)
@@ -107,7 +132,8 @@ def test_colours_in_a_shared_basis_compare_and_in_their_own_do_not():
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl", "idefics3", "gemma3"])
 def test_pca_pictures_have_the_shape_of_their_views(family):
-    subject, pictures = subject_of(family), [photo(0, SIZES[0]), photo(1, SIZES[1])]
+    subject = subject_of(family)
+    pictures = [photo(0, SIZES[0]), photo(1, SIZES[1])]
     table = pca_table(subject, pictures, layers=[0, 2])
     grids = [subject.batch([picture])["grids"] for picture in pictures]
     for image, views in enumerate(grids):

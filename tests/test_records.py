@@ -27,7 +27,11 @@ from aligned_mllm.data.records import (
 
 
 def sample(identity="7", image="a.png", question="<image>\nhow many circles", answer="two", **more):
-    raw = {"id": identity, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
+    raw = {
+        "id": identity,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        **more,
+    }
     return raw if image is None else {**raw, "image": image}
 
 
@@ -44,7 +48,10 @@ def folder(tmp_path):
 
 def write_lines(path, *raws):
     path.write_text(
-        "".join((raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False)) + "\n" for raw in raws), encoding="utf-8"
+        "".join(
+            (raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False)) + "\n" for raw in raws
+        ),
+        encoding="utf-8",
     )
     return path
 
@@ -66,12 +73,21 @@ BROKEN = {
     "zero byte in a name": (sample(image="a\0.png"), '"image" is'),
     "no conversation": ({"id": "7"}, "\"conversations\" is 'None'"),
     "empty conversation": ({"id": "7", "conversations": []}, "\"conversations\" is '[]'"),
-    "gpt first": ({"id": "7", "conversations": turns(("gpt", "two"), ("human", "how"))}, "turn 1 is from 'gpt'"),
-    "human twice": ({"id": "7", "conversations": turns(("human", "how"), ("human", "how"))}, "turn 2 is from 'human'"),
+    "gpt first": (
+        {"id": "7", "conversations": turns(("gpt", "two"), ("human", "how"))},
+        "turn 1 is from 'gpt'",
+    ),
+    "human twice": (
+        {"id": "7", "conversations": turns(("human", "how"), ("human", "how"))},
+        "turn 2 is from 'human'",
+    ),
     "system": ({"id": "7", "conversations": turns(("system", "be kind"))}, "turn 1 is from 'system'"),
     "turn without speaker": ({"id": "7", "conversations": [{"value": "how"}]}, "turn 1 is from 'None'"),
     "turn that is no object": ({"id": "7", "conversations": ["how", "two"]}, "turn 1 is from 'how'"),
-    "no answer": ({"id": "7", "conversations": turns(("human", "a"), ("gpt", "b"), ("human", "c"))}, "turn 3 has no answer"),
+    "no answer": (
+        {"id": "7", "conversations": turns(("human", "a"), ("gpt", "b"), ("human", "c"))},
+        "turn 3 has no answer",
+    ),
     "empty question": (sample(image=None, question="  "), "turn 1 says '  '"),
     "empty answer": (sample(answer=""), "turn 2 says ''"),
     "number as answer": (sample(answer=2), "turn 2 says '2'"),
@@ -128,11 +144,15 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("style", [{}, {"indent": 1}, {"indent": 4, "ensure_ascii": True}, {"separators": (",", ":")}])
+@pytest.mark.parametrize(
+    "style", [{}, {"indent": 1}, {"indent": 4, "ensure_ascii": True}, {"separators": (",", ":")}]
+)
 def test_array_and_lines_give_equal_records(folder, style):
     lines = Records(write_lines(folder / "a.jsonl", *SAMPLES))
     (folder / "a.json").write_text(
-        "\ufeff \r\n" + json.dumps(SAMPLES, **{"ensure_ascii": False, **style}) + "\r\n", encoding="utf-8", newline=""
+        "\ufeff \r\n" + json.dumps(SAMPLES, **{"ensure_ascii": False, **style}) + "\r\n",
+        encoding="utf-8",
+        newline="",
     )
     array = Records(folder / "a.json")
     assert list(lines) == list(array) == [parse_record(raw) for raw in SAMPLES]
@@ -154,7 +174,8 @@ def test_windows_that_end_anywhere(folder, monkeypatch):
         def grow(self, size=size):
             more = self.handle.read(size)
             if more:
-                self.text, self.position = self.text[self.position :] + more, 0
+                self.text = self.text[self.position :] + more
+                self.position = 0
             return bool(more)
 
         monkeypatch.setattr(ArrayWindow, "grow", grow)
@@ -236,7 +257,11 @@ def test_broken_lines_raise_or_are_listed(folder):
     ]
     reasons = [reason for *_, reason in found]
     assert reasons[0].startswith("not JSON") and reasons[1].startswith("no image 'none.png'")
-    assert reasons[2].startswith("path '../up.png' leads out") and reasons[3] == "turn 2 says ''" and reasons[4] == "'7'"
+    assert (
+        reasons[2].startswith("path '../up.png' leads out")
+        and reasons[3] == "turn 2 says ''"
+        and reasons[4] == "'7'"
+    )
 
 
 def test_images_are_looked_for_at_opening(folder):
@@ -302,13 +327,16 @@ def test_pickle_processes_and_threads(folder):
 
 
 def test_memory_of_a_long_file_stays_small(folder, capsys):
-    lines, count = "".join(json.dumps(raw) + "\n" for raw in SAMPLES), 100_002
+    lines = "".join(json.dumps(raw) + "\n" for raw in SAMPLES)
+    count = 100_002
     (folder / "a.jsonl").write_text(lines * (count // 3))
     records = Records(folder / "a.jsonl", check_images=False)
     assert len(records) == count and records[count - 1] == parse_record(SAMPLES[2])
     assert len(pickle.dumps(records)) < 25 * count
     few = 9_999
-    (folder / "b.json").write_text("[" + lines.replace("\n", ",") * (few // 3 - 1) + lines.strip().replace("\n", ",") + "]")
+    (folder / "b.json").write_text(
+        "[" + lines.replace("\n", ",") * (few // 3 - 1) + lines.strip().replace("\n", ",") + "]"
+    )
     tracemalloc.start()
     spans, _ = scan_file(folder / "b.json", folder)
     peak = tracemalloc.get_traced_memory()[1]
@@ -323,7 +351,9 @@ def test_write_whole_or_not_at_all(folder):
     assert list(Records(folder / "new" / "a.jsonl", folder)) == records
     before = (folder / "new" / "a.jsonl").read_bytes()
     wrong = Record("9", ("a.png",), (Turn("no placeholder", "yes"),))
-    assert "record 4 for a.jsonl, id '9': 0 placeholders" in message(write_records, [*records, wrong], folder / "new" / "a.jsonl")
+    assert "record 4 for a.jsonl, id '9': 0 placeholders" in message(
+        write_records, [*records, wrong], folder / "new" / "a.jsonl"
+    )
     assert "no record to write" in message(write_records, [], folder / "new" / "a.jsonl")
     assert (folder / "new" / "a.jsonl").read_bytes() == before
     assert [path.name for path in (folder / "new").iterdir()] == ["a.jsonl"]
@@ -364,7 +394,9 @@ def test_what_is_no_image(folder):
     (folder / "empty.png").touch()
     (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     for name in ("words.png", "empty.png", "script.png"):
-        assert f"image {name!r} in {folder}: not in a format that is read" in message(open_image, name, folder)
+        assert f"image {name!r} in {folder}: not in a format that is read" in message(
+            open_image, name, folder
+        )
     assert "no image 'none.png'" in message(open_image, "none.png", folder)
 
 
@@ -375,7 +407,11 @@ def test_orientation(folder):
     tag[0x0112] = 6
     Image.fromarray(pixels).save(folder / "turned.png", exif=tag)
     image = open_image("turned.png", folder)
-    assert image.size == (20, 40) and image.getpixel((10, 5)) == (255,) * 3 and image.getpixel((10, 35)) == (0,) * 3
+    assert (
+        image.size == (20, 40)
+        and image.getpixel((10, 5)) == (255,) * 3
+        and image.getpixel((10, 35)) == (0,) * 3
+    )
 
 
 def test_every_mode_becomes_rgb(folder):

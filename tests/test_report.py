@@ -1,4 +1,5 @@
-"""The finding in its situations, and a page whose numbers are those of the tables, that escapes text and fetches nothing."""
+"""The finding in its situations, and a page whose numbers are those of the tables, that escapes text and
+fetches nothing."""
 
 import base64
 import json
@@ -12,18 +13,31 @@ from PIL import Image
 
 from aligned_mllm.core import InputError, load_json, save_json
 from aligned_mllm.evals.statistics import interval, mean_over_categories, paired
-from aligned_mllm.report import finding, print_summary, report, summary_table
+from aligned_mllm.reporting.experiment_report import finding, print_summary, report, summary_table
 
 NOISE = [0.004, -0.003, 0.001, -0.002]
-PLAN = {"recipe": "toy", "seeds": [0, 1, 2, 3], "arms": ["plain", "viral", "other_image"], "command": "run it",
-        "settings": {"steps": 7},
-        "environment": {"commit": "abc123", "versions": {"torch": "2.0"}, "python": "3.11", "machine": "m", "threads": 1},
-        "layers": 2, "aligned_layer": 1}
+PLAN = {
+    "recipe": "toy",
+    "seeds": [0, 1, 2, 3],
+    "arms": ["plain", "viral", "other_image"],
+    "command": "run it",
+    "settings": {"steps": 7},
+    "environment": {
+        "commit": "abc123",
+        "versions": {"torch": "2.0"},
+        "python": "3.11",
+        "machine": "m",
+        "threads": 1,
+    },
+    "layers": 2,
+    "aligned_layer": 1,
+}
 HOSTILE = '<script>alert("x")</script><img src="http://evil.example/a.png">'
 
 
 def table(gains, seeds=4, categories=("count", "where")):
-    "Scores: plain at 50 %, every other arm at 50 % + its gain (points), with a little noise of its own per seed."
+    """Scores: plain at 50 %, every other arm at 50 % + its gain (points), with a little noise of its own
+    per seed."""
     rows = []
     for number, (arm, gain) in enumerate({"plain": 0, **gains}.items()):
         for seed in range(seeds):
@@ -49,11 +63,17 @@ def test_control_gains_as_much():
     scores = table({"viral": 6, "other_image": 8})
     text = finding(scores, PLAN)
     mean, low, high = points(scores, "viral", "plain")
-    assert f"adds {mean:.1f} points" in text and f"{shown(low)} to {shown(high)} over 4 seeds, which excludes zero" in text
+    assert (
+        f"adds {mean:.1f} points" in text
+        and f"{shown(low)} to {shown(high)} over 4 seeds, which excludes zero" in text
+    )
     high = points(scores, "viral", "other_image")[2]
     assert ("the gain does not come from what the teacher saw in this image" in text) == (high <= 0)
     assert high <= 0 or f"at most {high:.1f} of the {mean:.1f} points" in text
-    assert shown(points(scores, "viral", "other_image")[0]) in text and shown(points(scores, "other_image", "plain")[0]) in text
+    assert (
+        shown(points(scores, "viral", "other_image")[0]) in text
+        and shown(points(scores, "other_image", "plain")[0]) in text
+    )
 
 
 def test_control_within_noise_of_viral():
@@ -66,8 +86,10 @@ def test_control_within_noise_of_viral():
 def test_a_control_that_gains_something_does_not_settle_a_wide_interval():
     "VIRAL gains 8.2 points, the control 3.1; their difference of 5.9 has an interval that includes zero."
     rows = {"plain": (0.50, 0.50, 0.50), "viral": (0.58, 0.62, 0.57), "other_image": (0.53, 0.532, 0.531)}
-    scores = pd.DataFrame([(seed, arm, "where", value) for arm, values in rows.items() for seed, value in enumerate(values)],
-                          columns=["seed", "arm", "category", "accuracy"])  # fmt: skip
+    scores = pd.DataFrame(
+        [(seed, arm, "where", value) for arm, values in rows.items() for seed, value in enumerate(values)],
+        columns=["seed", "arm", "category", "accuracy"],
+    )
     text = finding(scores, PLAN)
     assert "does not come" not in text and "at most" not in text and "3 seeds cannot tell" in text
 
@@ -91,7 +113,12 @@ def test_harm():
 
 def test_one_seed_gives_no_interval():
     text = finding(table({"viral": 6, "other_image": 8}, seeds=1), PLAN)
-    assert "gives no interval" in text and "95 %" not in text and "nan" not in text and "does not come" not in text
+    assert (
+        "gives no interval" in text
+        and "95 %" not in text
+        and "nan" not in text
+        and "does not come" not in text
+    )
 
 
 def test_single_types_are_named():
@@ -117,12 +144,20 @@ class Reader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.rows, self.addresses, self.scripts, self.text, self.inside = [], [], 0, [], []
+        self.rows = []
+        self.addresses = []
+        self.scripts = 0
+        self.text = []
+        self.inside = []
 
     def handle_starttag(self, tag, attributes):
         self.inside.append(tag)
         self.scripts += tag == "script"
-        self.addresses += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset", "poster")]
+        self.addresses += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "action", "data", "srcset", "poster")
+        ]
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -150,20 +185,51 @@ def experiment(folder, scores=None, **files):
     "A small but complete experiment folder."
     (folder / "images").mkdir(parents=True)
     Image.fromarray(np.arange(300, dtype="uint8").reshape(10, 10, 3)).save(folder / "images" / "0.png")
-    scores = table({"viral": 6, "other_image": 8, "blind": -20, "majority": -25}) if scores is None else scores
+    scores = (
+        table({"viral": 6, "other_image": 8, "blind": -20, "majority": -25}) if scores is None else scores
+    )
     scores.to_csv(folder / "scores.csv", index=False)
-    pd.DataFrame([(seed, arm, step, "accuracy", 0.4 + step / 1000) for seed in (0, 1) for arm in PLAN["arms"]
-                  for step in (0, 50, 100)],
-                 columns=["seed", "arm", "step", "name", "value"]).to_csv(folder / "curves.csv", index=False)
-    pd.DataFrame([(0, arm, layer, reference, 0.3, 0.01, 0.02) for arm in ("plain", "viral") for layer in range(3)
-                  for reference in ("encoder", "teacher")],
-                 columns=["seed", "arm", "layer", "reference", "value", "null_low", "null_high"],
-                 ).to_csv(folder / "cknna.csv", index=False)
-    pd.DataFrame([(seed, arm, "instruction", 60 + 2 * seed, 500.0, 12345, 300.0) for seed in (0, 1) for arm in PLAN["arms"]],
-                 columns=["seed", "arm", "stage", "seconds", "samples_per_second", "trainable_parameters", "peak_memory_mib"],
-                 ).to_csv(folder / "cost.csv", index=False)
-    example = {"images": ["images/0.png"], "question": "<image>\ncount circle", "expected": "2", "category": "count",
-               "answers": {"plain": "1", "viral": "2 ", "other_image": "2"}}
+    pd.DataFrame(
+        [
+            (seed, arm, step, "accuracy", 0.4 + step / 1000)
+            for seed in (0, 1)
+            for arm in PLAN["arms"]
+            for step in (0, 50, 100)
+        ],
+        columns=["seed", "arm", "step", "name", "value"],
+    ).to_csv(folder / "curves.csv", index=False)
+    pd.DataFrame(
+        [
+            (0, arm, layer, reference, 0.3, 0.01, 0.02)
+            for arm in ("plain", "viral")
+            for layer in range(3)
+            for reference in ("encoder", "teacher")
+        ],
+        columns=["seed", "arm", "layer", "reference", "value", "null_low", "null_high"],
+    ).to_csv(folder / "cknna.csv", index=False)
+    pd.DataFrame(
+        [
+            (seed, arm, "instruction", 60 + 2 * seed, 500.0, 12345, 300.0)
+            for seed in (0, 1)
+            for arm in PLAN["arms"]
+        ],
+        columns=[
+            "seed",
+            "arm",
+            "stage",
+            "seconds",
+            "samples_per_second",
+            "trainable_parameters",
+            "peak_memory_mib",
+        ],
+    ).to_csv(folder / "cost.csv", index=False)
+    example = {
+        "images": ["images/0.png"],
+        "question": "<image>\ncount circle",
+        "expected": "2",
+        "category": "count",
+        "answers": {"plain": "1", "viral": "2 ", "other_image": "2"},
+    }
     save_json(files.get("examples", [example]), folder / "examples.json")
     save_json(files.get("unlearnt", []), folder / "unlearnt.json")
     save_json(files.get("plan", PLAN), folder / "plan.json")
@@ -178,11 +244,19 @@ def page(tmp_path_factory):
 def test_every_score_of_the_page_is_that_of_the_table(page):
     scores = pd.read_csv(page.parent / "scores.csv")
     rows = {row[0]: row[1:] for row in read(page).rows if len(row) == 4 and "±" in row[-1]}
-    names = {"plain": "plain", "viral": "VIRAL", "other_image": "other image (control)", "blind": "blind (without images)",
-             "majority": "commonest answer"}
+    names = {
+        "plain": "plain",
+        "viral": "VIRAL",
+        "other_image": "other image (control)",
+        "blind": "blind (without images)",
+        "majority": "commonest answer",
+    }
     assert set(rows) == set(names.values())
     for arm, label in names.items():
-        values = [scores.accuracy[(scores.arm == arm) & (scores.category == category)] for category in ("count", "where")]
+        values = [
+            scores.accuracy[(scores.arm == arm) & (scores.category == category)]
+            for category in ("count", "where")
+        ]
         values.append(mean_over_categories(scores).query("arm == @arm").accuracy)
         for cell, value in zip(rows[label], values):
             mean, _, high = interval(100 * value)
@@ -196,7 +270,10 @@ def test_every_point_of_the_figures_is_that_of_the_table(page):
     assert set(traces) == {"scores", "differences", "curves", "cknna"}
     scores = pd.read_csv(page.parent / "scores.csv")
     viral = next(trace for trace in traces["scores"] if trace.get("name") == "VIRAL")
-    means = [100 * scores[(scores.arm == "viral") & (scores.category == name)].accuracy.mean() for name in ("count", "where")]
+    means = [
+        100 * scores[(scores.arm == "viral") & (scores.category == name)].accuracy.mean()
+        for name in ("count", "where")
+    ]
     assert viral["y"] == pytest.approx([*means, np.mean(means)], abs=0.006)
     gain = next(trace for trace in traces["differences"] if trace.get("name") == "VIRAL")
     mean, _, high = points(scores, "viral", "plain")
@@ -228,17 +305,32 @@ def test_nothing_is_fetched(page):
     reader = read(page)
     assert all(address.startswith("data:") for address in reader.addresses)
     text = page.read_text(encoding="utf-8")
-    assert "default-src 'none'" in text and "<link" not in text.split("</head>")[1] and "@import" not in text.split("<script>")[0]
+    assert (
+        "default-src 'none'" in text
+        and "<link" not in text.split("</head>")[1]
+        and "@import" not in text.split("<script>")[0]
+    )
     assert len(text) < 8_000_000
 
 
 def test_hostile_text_is_shown_and_not_run(tmp_path, page):
     scores = table({"viral": 6, "other_image": 8, HOSTILE: 1}, categories=("count", HOSTILE))
-    example = {"images": ["images/0.png"], "question": HOSTILE, "expected": HOSTILE, "category": HOSTILE,
-               "answers": {"plain": HOSTILE}}
-    plan = {**PLAN, "recipe": HOSTILE, "arms": [*PLAN["arms"], HOSTILE, "not " + HOSTILE], "command": HOSTILE,
-            "settings": {HOSTILE: HOSTILE}, "environment": {"commit": HOSTILE, "versions": {HOSTILE: HOSTILE}},
-            "limits": [HOSTILE]}
+    example = {
+        "images": ["images/0.png"],
+        "question": HOSTILE,
+        "expected": HOSTILE,
+        "category": HOSTILE,
+        "answers": {"plain": HOSTILE},
+    }
+    plan = {
+        **PLAN,
+        "recipe": HOSTILE,
+        "arms": [*PLAN["arms"], HOSTILE, "not " + HOSTILE],
+        "command": HOSTILE,
+        "settings": {HOSTILE: HOSTILE},
+        "environment": {"commit": HOSTILE, "versions": {HOSTILE: HOSTILE}},
+        "limits": [HOSTILE],
+    }
     path = report(experiment(tmp_path / "hostile", scores, examples=[example], unlearnt=[HOSTILE], plan=plan))
     reader = read(path)
     assert all(address.startswith("data:") for address in reader.addresses)
@@ -258,7 +350,12 @@ def test_unlearnt_and_unfinished_are_named(tmp_path):
         (folder / name).unlink()
     text = "".join(read(report(folder)).text)
     assert "Not learnt: on where" in text and "without scores so far: lora" in text
-    for words in ("No accuracy curves", "CKNNA was not measured", "cost was not recorded", "No examples were stored"):
+    for words in (
+        "No accuracy curves",
+        "CKNNA was not measured",
+        "cost was not recorded",
+        "No examples were stored",
+    ):
         assert words in text
 
 
@@ -269,7 +366,13 @@ def test_one_seed_and_one_arm_make_a_page(tmp_path):
 
 
 def test_images_stay_inside_the_folder(tmp_path):
-    example = {"images": ["../../secret.png"], "question": "q", "expected": "a", "category": "c", "answers": {}}
+    example = {
+        "images": ["../../secret.png"],
+        "question": "q",
+        "expected": "a",
+        "category": "c",
+        "answers": {},
+    }
     folder = experiment(tmp_path / "outside", examples=[example])
     with pytest.raises(InputError, match="leads out of"):
         report(folder)
@@ -279,7 +382,8 @@ def test_images_stay_inside_the_folder(tmp_path):
 def test_summaries(page, capsys):
     markdown = (page.parent / "summary.md").read_text(encoding="utf-8")
     scores = pd.read_csv(page.parent / "scores.csv")
-    told, cells = finding(scores, load_json(page.parent / "plan.json")), summary_table(scores, ["plain", "viral"])
+    told = finding(scores, load_json(page.parent / "plan.json"))
+    cells = summary_table(scores, ["plain", "viral"])
     assert told in markdown and f"| VIRAL | {' | '.join(cells.loc['viral'])} |" in markdown
     print_summary(page.parent)
     printed = capsys.readouterr().out

@@ -1,5 +1,6 @@
-"""The documentation as it was built: every link leads somewhere, nothing comes from outside, every public name has its place,
-and in a browser figures react, the search finds, and light and dark both show. Screenshots are kept in _proc/screenshots."""
+"""The documentation as it was built: every link leads somewhere, nothing comes from outside, every public
+name has its place, and in a browser figures react, the search finds, and light and dark both show.
+Screenshots are kept in _proc/screenshots."""
 
 import ast
 import functools
@@ -21,7 +22,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / "_proc" / "screenshots"
-MODULES = sorted(path for path in (ROOT / "aligned_mllm").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
+MODULES = sorted(
+    path for path in (ROOT / "aligned_mllm").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")
+)
 TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 
 
@@ -35,7 +38,13 @@ def site() -> Path:
     if not importlib.util.find_spec("myst_nb"):
         pytest.skip("NOT TESTED: the documentation needs sphinx and myst-nb, of the extra 'dev'")
     before = tracked()
-    made = subprocess.run([sys.executable, "-m", "aligned_mllm.site"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    made = subprocess.run(
+        [sys.executable, "-m", "aligned_mllm.site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert made.returncode == 0, made.stderr[-3000:]
     assert tracked() == before, "building the documentation changed files of the repository"
     return ROOT / "_docs"
@@ -46,7 +55,11 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.ids, self.links, self.loaded, self.words, self.open = set(), [], [], [], []
+        self.ids = set()
+        self.links = []
+        self.loaded = []
+        self.words = []
+        self.open = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -55,7 +68,11 @@ class Page(HTMLParser):
         if tag == "a" and values.get("href"):
             self.links.append(values["href"])
         self.loaded += [values[name] for name in ("src", "data", "poster", "srcset") if values.get(name)]
-        if tag == "link" and values.get("href") and values.get("rel") not in ("index", "search", "next", "prev", "canonical"):
+        if (
+            tag == "link"
+            and values.get("href")
+            and values.get("rel") not in ("index", "search", "next", "prev", "canonical")
+        ):
             self.loaded.append(values["href"])
         if tag not in ("img", "br", "hr", "meta", "link", "input", "source", "col"):
             self.open.append((tag, values.get("class") or "", values.get("id") or ""))
@@ -67,7 +84,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         inside = [tag for tag, *_ in self.open]
-        if ("article" in inside or "h1" in inside) and not {"script", "style", "button"} & {*inside} and not any("headerlink" in name for _, name, _ in self.open):
+        if (
+            ("article" in inside or "h1" in inside)
+            and not {"script", "style", "button"} & {*inside}
+            and not any("headerlink" in name for _, name, _ in self.open)
+        ):
             self.words += data.split()
 
 
@@ -87,17 +108,30 @@ def broken_links(folder: Path) -> list[str]:
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not target.is_file():
                 found.append(f"{path.relative_to(folder)}: {address}")
-            elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in page(target).ids:
+            elif (
+                parts.fragment
+                and target.suffix == ".html"
+                and unquote(parts.fragment) not in page(target).ids
+            ):
                 found.append(f"{path.relative_to(folder)}: {address} (no such place)")
     return found
 
 
 def from_outside(folder: Path) -> list[str]:
     "What pages and style sheets of a folder would fetch from elsewhere."
-    found = [f"{path.name}: {address}" for path in folder.rglob("*.html") for address in page(path).loaded if urlparse(address).netloc]
+    found = [
+        f"{path.name}: {address}"
+        for path in folder.rglob("*.html")
+        for address in page(path).loaded
+        if urlparse(address).netloc
+    ]
     for path in folder.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
-        found += [f"{path.name}: {address}" for address in re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", text) if urlparse(address).netloc]
+        found += [
+            f"{path.name}: {address}"
+            for address in re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", text)
+            if urlparse(address).netloc
+        ]
     return found
 
 
@@ -121,10 +155,19 @@ def test_nothing_is_loaded_from_outside(site):
 
 
 def test_faults_of_a_site_would_be_found(tmp_path):
-    (tmp_path / "a.html").write_text('<h1 id="top">a</h1><a href="b.html">b</a><a href="#top">c</a><a href="#bottom">d</a><a href="https://e.example">e</a>')
-    assert broken_links(tmp_path) == ["a.html: b.html", "a.html: #bottom (no such place)"] and from_outside(tmp_path) == []
-    (tmp_path / "c.html").write_text('<script src="https://cdn.example/x.js"></script><link rel="stylesheet" href="//fonts.example/y.css">')
-    (tmp_path / "d.css").write_text("@import 'https://fonts.example/z.css'; a { background: url(data:image/png;base64,AA) }")
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top">a</h1><a href="b.html">b</a><a href="#top">c</a><a href="#bottom">d</a><a href="https://e.example">e</a>'
+    )
+    assert (
+        broken_links(tmp_path) == ["a.html: b.html", "a.html: #bottom (no such place)"]
+        and from_outside(tmp_path) == []
+    )
+    (tmp_path / "c.html").write_text(
+        '<script src="https://cdn.example/x.js"></script><link rel="stylesheet" href="//fonts.example/y.css">'
+    )
+    (tmp_path / "d.css").write_text(
+        "@import 'https://fonts.example/z.css'; a { background: url(data:image/png;base64,AA) }"
+    )
     assert len(from_outside(tmp_path)) == 3
 
 
@@ -133,17 +176,26 @@ def test_the_front_page_is_the_readme(site, tmp_path):
 
     html = MarkdownIt("commonmark").enable("table").render((ROOT / "README.md").read_text(encoding="utf-8"))
     (tmp_path / "readme.html").write_text(f"<article>{html}</article>", encoding="utf-8")
-    expected, found = Page(tmp_path / "readme.html").words, page(site / "index.html").words
+    expected = Page(tmp_path / "readme.html").words
+    found = page(site / "index.html").words
     assert found[: len(expected)] == expected and len(found) == len(expected)
 
 
 def test_names_in_the_table_of_places_lead_to_pages_and_plain_words_nowhere(site):
     html = (site / "index.html").read_text(encoding="utf-8")
     names = ("main_job", "inside", "first_hour", "methods", "ask", "compare")
-    leads = {name: re.findall(rf'href="([^"]*)"><code[^>]*><span class="pre">{name}</span></code></a>', html) for name in names}
+    leads = {
+        name: re.findall(rf'href="([^"]*)"><code[^>]*><span class="pre">{name}</span></code></a>', html)
+        for name in names
+    }
     assert {name: {*found} for name, found in leads.items()} == {
-        "main_job": {"runs/main_job.html"}, "inside": {"runs/inside.html"}, "first_hour": {"tutorials/first_hour.html"},
-        "methods": {"explanations/methods.html"}, "ask": set(), "compare": set()}  # fmt: skip
+        "main_job": {"runs/main_job.html"},
+        "inside": {"runs/inside.html"},
+        "first_hour": {"tutorials/first_hour.html"},
+        "methods": {"explanations/methods.html"},
+        "ask": set(),
+        "compare": set(),
+    }
     assert not re.findall(r'href="lib/[^"]*#[^"]*"><code', html)
 
 
@@ -156,12 +208,16 @@ def test_every_path_that_the_readme_names_exists():
 def test_every_public_name_has_its_place(site, path):
     name = path.relative_to(ROOT / "aligned_mllm").with_suffix("").as_posix().replace("/", ".")
     source = page(site / "lib" / f"{name}.html")
-    assert [each for each in public_names(path) if each.lower() not in source.ids or each not in source.words] == []
+    assert [
+        each for each in public_names(path) if each.lower() not in source.ids or each not in source.words
+    ] == []
 
 
 def test_source_pages_stand_in_the_order_of_their_numbers(site):
     listed = [urlparse(link).path for link in page(site / "index.html").links if link.startswith("lib/")]
-    expected = [f"lib/{path.stem.split('_', 1)[1]}.html" for path in sorted((ROOT / "nbs" / "lib").glob("*.ipynb"))]
+    expected = [
+        f"lib/{path.stem.split('_', 1)[1]}.html" for path in sorted((ROOT / "nbs" / "lib").glob("*.ipynb"))
+    ]
     assert [name for name in listed if name in expected][: len(expected)] == expected
 
 
@@ -170,10 +226,20 @@ def test_every_tutorial_was_executed(site, path):
     (executed,) = (ROOT / "_proc" / "executed").glob(f"{path.stem}-*.ipynb")
     before, after = (nbformat.read(each, 4).cells for each in (path, executed))
     assert [cell.source for cell in before] == [cell.source for cell in after]
-    cells = [cell for cell in after if cell.cell_type == "code" and "skip-execution" not in cell.metadata.get("tags", [])]
+    cells = [
+        cell
+        for cell in after
+        if cell.cell_type == "code" and "skip-execution" not in cell.metadata.get("tags", [])
+    ]
     assert cells and all(cell.execution_count for cell in cells)
-    shown = [output.data["text/plain"].split()[0] for cell in cells for output in cell.outputs if not cell.source.startswith("#| hide")
-             and output.output_type == "execute_result" and not {"text/html", "image/png", "application/vnd.plotly.v1+json"} & {*output.data}]  # fmt: skip
+    shown = [
+        output.data["text/plain"].split()[0]
+        for cell in cells
+        for output in cell.outputs
+        if not cell.source.startswith("#| hide")
+        and output.output_type == "execute_result"
+        and not {"text/html", "image/png", "application/vnd.plotly.v1+json"} & {*output.data}
+    ]
     assert {*shown} <= {*page(site / "tutorials" / f"{path.stem}.html").words}
 
 
@@ -217,12 +283,18 @@ def address(site):
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED in a browser: playwright is missing")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="NOT TESTED in a browser: playwright is missing"
+    )
     with sync_api.sync_playwright() as play:
         try:
-            found = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+            found = play.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+            )
         except sync_api.Error as error:
-            pytest.skip(f"NOT TESTED in a browser: Chromium does not start ({str(error).splitlines()[0]}); 'make browser' fetches it")
+            pytest.skip(
+                f"NOT TESTED in a browser: Chromium does not start ({str(error).splitlines()[0]}); 'make browser' fetches it"
+            )
         yield found
         found.close()
 
@@ -230,15 +302,28 @@ def browser():
 @pytest.fixture
 def opened(browser, address):
     "Opens pages; fails at the end for requests to elsewhere and for errors of the console."
-    faults, contexts = [], []
+    faults = []
+    contexts = []
 
     def open_page(name: str, scheme: str = "light", width: int = 1280, base: str = address):
-        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, reduced_motion="reduce")
+        context = browser.new_context(
+            color_scheme=scheme, viewport={"width": width, "height": 900}, reduced_motion="reduce"
+        )
         contexts.append(context)
         tab = context.new_page()
-        tab.on("request", lambda request: None if request.url.startswith((base, "data:", "blob:")) else faults.append(f"{name} asks for {request.url}"))
+        tab.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((base, "data:", "blob:"))
+                else faults.append(f"{name} asks for {request.url}")
+            ),
+        )
         tab.on("requestfailed", lambda request: faults.append(f"{name}: {request.url} failed"))
-        tab.on("console", lambda message: faults.append(f"{name}: {message.text}") if message.type == "error" else None)
+        tab.on(
+            "console",
+            lambda message: faults.append(f"{name}: {message.text}") if message.type == "error" else None,
+        )
         tab.on("pageerror", lambda error: faults.append(f"{name}: {error}"))
         tab.goto(urljoin(base, name), wait_until="networkidle")
         return tab
@@ -262,10 +347,21 @@ def brightness(tab, selector: str, of: str = "color") -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["index", "tutorials/new_objective", "explanations/methods", "explanations/paper_index", "lib/analysis.cknna", "runs/main_job"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "index",
+        "tutorials/new_objective",
+        "explanations/methods",
+        "explanations/paper_index",
+        "lib/analysis.cknna",
+        "runs/main_job",
+    ],
+)
 def test_pages_show_in_light_and_dark_and_on_a_telephone(opened, name, scheme):
     tab = opened(f"{name}.html", scheme)
-    ground, text = brightness(tab, "body", "backgroundColor"), brightness(tab, "article p")
+    ground = brightness(tab, "body", "backgroundColor")
+    text = brightness(tab, "article p")
     assert abs(ground - text) > 120 and (ground > 128) == (scheme == "light")
     for figure in tab.locator(".plotly-figure").all():
         figure.scroll_into_view_if_needed()
@@ -283,10 +379,14 @@ def test_figures_react(opened):
     figure = tab.locator(".plotly-figure").first
     figure.scroll_into_view_if_needed()
     figure.locator(".legendtoggle").first.wait_for()
-    visible = "node => node.querySelector('.drawn').data.filter(trace => trace.visible === 'legendonly').length"
+    visible = (
+        "node => node.querySelector('.drawn').data.filter(trace => trace.visible === 'legendonly').length"
+    )
     assert figure.evaluate(visible) == 0
     figure.locator(".legendtoggle").first.click()
-    tab.wait_for_function("document.querySelector('.plotly-figure .drawn').data.some(trace => trace.visible === 'legendonly')")
+    tab.wait_for_function(
+        "document.querySelector('.plotly-figure .drawn').data.some(trace => trace.visible === 'legendonly')"
+    )
     assert figure.evaluate(visible) >= 1
     drawn = figure.evaluate("node => node.querySelector('.drawn').data[0].y.length")
     stored = json.loads(figure.locator("script").inner_text() or figure.locator("script").text_content())
@@ -302,7 +402,9 @@ def test_no_code_is_cut_off(opened, name):
     keep(tab, f"{name.replace('/', '_')}_code", full_page=name == "index")
 
 
-@pytest.mark.parametrize("name", ["tutorials/first_hour", "explanations/methods", "lib/analysis.entropy", "lib/analysis.pca"])
+@pytest.mark.parametrize(
+    "name", ["tutorials/first_hour", "explanations/methods", "lib/analysis.entropy", "lib/analysis.pca"]
+)
 @pytest.mark.parametrize("width", [1300, 1000])
 def test_titles_of_figures_are_not_cut_off(opened, name, width):
     tab = opened(f"{name}.html", width=width)
@@ -310,8 +412,13 @@ def test_titles_of_figures_are_not_cut_off(opened, name, width):
         figure.scroll_into_view_if_needed()
         title = figure.locator("svg .gtitle").first
         title.wait_for()
-        text, room = title.bounding_box(), figure.locator(".main-svg").first.bounding_box()
-        assert room["x"] <= text["x"] and text["x"] + text["width"] <= room["x"] + room["width"] + 1 and text["y"] >= room["y"]
+        text = title.bounding_box()
+        room = figure.locator(".main-svg").first.bounding_box()
+        assert (
+            room["x"] <= text["x"]
+            and text["x"] + text["width"] <= room["x"] + room["width"] + 1
+            and text["y"] >= room["y"]
+        )
         keep(figure, f"{name.replace('/', '_')}_figure_{width}")
 
 
@@ -345,7 +452,9 @@ def test_the_search_finds_a_name(opened, site, how):
 def test_formulas_are_drawn_in_the_font_for_them(opened):
     tab = opened("explanations/methods.html")
     assert tab.evaluate("document.fonts.load('16px \"STIX Two Math\"').then(found => found.length)") == 1
-    sizes = tab.locator("math[display=block]").evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect()).map(box => [box.width, box.height])")
+    sizes = tab.locator("math[display=block]").evaluate_all(
+        "nodes => nodes.map(node => node.getBoundingClientRect()).map(box => [box.width, box.height])"
+    )
     assert len(sizes) >= 4 and all(width > 60 and height > 15 for width, height in sizes)
     fraction = tab.locator("math[display=block] mfrac").first.bounding_box()
     assert fraction["height"] > 25

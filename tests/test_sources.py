@@ -1,4 +1,5 @@
-"Drawings and NLVR: the layout and its faults, fair splits, and computed truth against people's verdicts and the pixels."
+"""Drawings and NLVR: the layout and its faults, fair splits, and computed truth against people's verdicts
+and the pixels."""
 
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from aligned_mllm.core import InputError
-from aligned_mllm.data.drawings import (
+from aligned_mllm.worlds.drawings import (
     COLOURS,
     ORDERS,
     PIXELS,
@@ -24,7 +25,7 @@ from aligned_mllm.data.drawings import (
     tower,
 )
 from aligned_mllm.data.records import Records, open_image
-from aligned_mllm.data.sources import (
+from aligned_mllm.worlds.nlvr import (
     CUE,
     cut_boxes,
     drawn_statements,
@@ -53,8 +54,13 @@ def stack(*colours):
 def random_box(chance, is_tower):
     colours = chance.choices(list(NAMES), k=chance.randint(1, 4))
     cells = chance.sample([(x, y) for x in (0, 35, 70) for y in (1, 36, 70)], len(colours))
-    sizes, shapes = chance.choices([10, 20, 30], k=len(colours)), chance.choices(["square", "circle", "triangle"], k=len(colours))
-    return stack(*colours) if is_tower else tuple(Item(*each, x, y) for *each, (x, y) in zip(shapes, colours, sizes, cells))
+    sizes = chance.choices([10, 20, 30], k=len(colours))
+    shapes = chance.choices(["square", "circle", "triangle"], k=len(colours))
+    return (
+        stack(*colours)
+        if is_tower
+        else tuple(Item(*each, x, y) for *each, (x, y) in zip(shapes, colours, sizes, cells))
+    )
 
 
 def raw_line(sentence, truth, identifier, directory, structure):
@@ -63,17 +69,27 @@ def raw_line(sentence, truth, identifier, directory, structure):
         for box in structure
     ]
     label = "true" if truth else "false"
-    return {"sentence": sentence, "label": label, "identifier": identifier, "directory": directory, "structured_rep": boxes}
+    return {
+        "sentence": sentence,
+        "label": label,
+        "identifier": identifier,
+        "directory": directory,
+        "structured_rep": boxes,
+    }
 
 
 def make_nlvr(folder, split, sentences):
     "Four drawings to a sentence, two sentences to a directory; towers and scattered things in turn."
-    chance, lines = random.Random(split), []
+    chance = random.Random(split)
+    lines = []
     for number in range(4 * sentences):
         sentence, drawing = divmod(number, 4)
         structure = tuple(random_box(chance, sentence % 2 == 0) for _ in range(3))
-        identifier, directory = f"{sentence}-{drawing}", str(sentence // 2)
-        lines.append(json.dumps(raw_line(f"Made  up, “nr” {sentence}.", drawing < 2, identifier, directory, structure)))
+        identifier = f"{sentence}-{drawing}"
+        directory = str(sentence // 2)
+        lines.append(
+            json.dumps(raw_line(f"Made  up, “nr” {sentence}.", drawing < 2, identifier, directory, structure))
+        )
         place = folder / split / "images" / directory
         place.mkdir(parents=True, exist_ok=True)
         for order in range(6):
@@ -99,7 +115,9 @@ def real_folder():
     place = Path(os.environ.get("NLVR_FOLDER", ""))
     if "NLVR_FOLDER" not in os.environ:
         pytest.skip("NLVR is not here: clone https://github.com/lil-lab/nlvr and set NLVR_FOLDER to it")
-    assert any((place / inner / "dev" / "dev.json").is_file() for inner in ("", "nlvr")), f"NLVR_FOLDER={place} holds no NLVR"
+    assert any((place / inner / "dev" / "dev.json").is_file() for inner in ("", "nlvr")), (
+        f"NLVR_FOLDER={place} holds no NLVR"
+    )
     return place
 
 
@@ -156,7 +174,9 @@ def test_what_is_no_json_and_missing_pictures(made, tmp_path):
     line = (made / "dev" / "dev.json").read_text().splitlines()[0]
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "dev.json").write_text(line + "\n{\n")
-    assert "dev.json:1, identifier '0-0': no picture dev/images/0/dev-0-0-0.png" in message(read_nlvr, tmp_path, "dev")
+    assert "dev.json:1, identifier '0-0': no picture dev/images/0/dev-0-0-0.png" in message(
+        read_nlvr, tmp_path, "dev"
+    )
     (tmp_path / "dev" / "images").symlink_to(made / "dev" / "images")
     assert "dev.json:2: not JSON" in message(read_nlvr, tmp_path, "dev")
     (tmp_path / "dev" / "dev.json").write_text("[1]\n")
@@ -182,8 +202,12 @@ def test_plain_words(typed, plain):
 def test_records_of_both_views(statements):
     whole = nlvr_records(statements)
     assert len(whole) == 6 * len(statements) and whole[1].images == ("dev/images/0/dev-0-0-1.png",)
-    assert whole[0].turns[0].question.startswith("<image>\nmade up , ") and whole[0].turns[0].question.endswith(CUE)
-    assert {record.turns[0].answer for record in whole} == {"true", "false"} and whole[0].turns[0].category == "statement"
+    assert whole[0].turns[0].question.startswith("<image>\nmade up , ") and whole[0].turns[
+        0
+    ].question.endswith(CUE)
+    assert {record.turns[0].answer for record in whole} == {"true", "false"} and whole[0].turns[
+        0
+    ].category == "statement"
     boxes = nlvr_records(statements, view="boxes", orders=(4,))
     assert boxes[0].images == tuple(statements[0].boxes[box] for box in ORDERS[4])
     assert boxes[0].turns[0].question.count("<image>\n") == 3
@@ -204,7 +228,9 @@ def test_boxes_are_cut_where_they_are(statements):
 
 def test_split_by_directory(statements):
     training, held = split_by_directory(statements, {"1", 2})
-    assert {each.directory for each in held} == {"1", "2"} and not {"1", "2"} & {each.directory for each in training}
+    assert {each.directory for each in held} == {"1", "2"} and not {"1", "2"} & {
+        each.directory for each in training
+    }
     drawings = [{drawing_key(each.structure) for each in part} for part in (training, held)]
     assert not drawings[0] & drawings[1]
     for wrong in ((), {"9"}, {"1", "9"}, {str(number) for number in range(6)}):
@@ -245,7 +271,13 @@ def test_touching():
     def touches(x, y, size=20, bottom=False):
         return Item("square", "blue", size, x, y).touches(bottom)
 
-    assert touches(0, 40) and touches(40, 0) and touches(80, 40) and touches(40, 80) and touches(40, 80, bottom=True)
+    assert (
+        touches(0, 40)
+        and touches(40, 0)
+        and touches(80, 40)
+        and touches(40, 80)
+        and touches(40, 80, bottom=True)
+    )
     assert touches(1, 40) is None and touches(79, 40) is None and touches(40, 79, bottom=True) is None
     assert touches(2, 2) is False and touches(0, 40, bottom=True) is False and touches(1, 80) is True
 
@@ -273,7 +305,11 @@ def test_numbers():
 TOWERS = (stack("black", "yellow", "yellow"), stack("blue"), stack("yellow", "black"))
 THINGS = (
     (Item("square", "yellow", 20, 13, 80), Item("triangle", "yellow", 10, 90, 20)),
-    (Item("circle", "black", 20, 60, 12), Item("square", "black", 30, 20, 60), Item("triangle", "blue", 20, 79, 50)),
+    (
+        Item("circle", "black", 20, 60, 12),
+        Item("square", "black", 30, 20, 60),
+        Item("triangle", "blue", 20, 79, 50),
+    ),
     (Item("circle", "yellow", 10, 40, 40),),
 )
 READ_BY_EYE = {
@@ -340,18 +376,33 @@ def test_truth_against_reading_by_eye(structure, verdicts):
 def test_truth_does_not_hang_on_the_order_of_the_boxes(statements, towers):
     for statement in [each for each in statements if (None not in map(tower, each.structure)) == towers][:3]:
         for sentence in drawn_sentences(towers):
-            assert len({drawn_truth(sentence, tuple(statement.structure[box] for box in order)) for order in ORDERS[::2]}) == 1
+            assert (
+                len(
+                    {
+                        drawn_truth(sentence, tuple(statement.structure[box] for box in order))
+                        for order in ORDERS[::2]
+                    }
+                )
+                == 1
+            )
 
 
 def test_drawn_statements(statements):
     drawn = drawn_statements(statements, seed=3, per_drawing=5)
-    assert drawn == drawn_statements(statements, seed=3, per_drawing=5) != drawn_statements(statements, seed=4, per_drawing=5)
+    assert (
+        drawn
+        == drawn_statements(statements, seed=3, per_drawing=5)
+        != drawn_statements(statements, seed=4, per_drawing=5)
+    )
     assert len(drawn) == 5 * len({drawing_key(each.structure) for each in statements})
-    balance, patterns = Counter((each.sentence, each.truth) for each in drawn), Counter()
+    balance = Counter((each.sentence, each.truth) for each in drawn)
+    patterns = Counter()
     assert all(balance[sentence, True] == balance[sentence, False] for sentence, _ in balance)
     known = {each.images: each.structure for each in statements}
     for each in drawn:
-        assert drawn_truth(each.sentence, each.structure) is each.truth and known[each.images] == each.structure
+        assert (
+            drawn_truth(each.sentence, each.structure) is each.truth and known[each.images] == each.structure
+        )
         patterns[drawn_sentences(None not in map(tower, each.structure))[each.sentence][0]] += 1
     assert len(patterns) > 35
     assert len({(each.sentence, each.images) for each in drawn}) == len(drawn)
@@ -368,7 +419,9 @@ def test_write_whole(made, tmp_path):
     names = ("train", "validation", "test", "drawn")
     parts = {name: Records(tmp_path / "new" / f"{name}.jsonl") for name in names}  # looks for every picture
     assert [len(parts[name]) for name in names] == [40 * 6, 8, 16, 80]
-    train, validation = ({record.id.rsplit("-", 2)[0] for record in parts[name]} for name in ("train", "validation"))
+    train, validation = (
+        {record.id.rsplit("-", 2)[0] for record in parts[name]} for name in ("train", "validation")
+    )
     assert not train & validation and {record.id.rsplit("-", 2)[0] for record in parts["drawn"]} <= train
     assert {record.turns[0].category for record in parts["drawn"]} == {"drawn"}
     assert parts["train"][0].images == ("dev/images/0/dev-0-0-0.png",)
@@ -388,7 +441,9 @@ def test_write_boxes(made, statements, tmp_path):
         f"dev/images/{record.images[0].split('/')[2]}/{record.id}.png"
     ]
     pictures = [open_image(name, tmp_path / "new") for name in record.images]
-    assert [box.tobytes() for box in pictures] == [box.tobytes() for box in cut_boxes(picture_of(structure, 3))]
+    assert [box.tobytes() for box in pictures] == [
+        box.tobytes() for box in cut_boxes(picture_of(structure, 3))
+    ]
     assert not (tmp_path / "new" / "dev" / "images").exists()
 
 
@@ -430,9 +485,14 @@ def even_digits(sentence):
 
 
 def test_truth_against_people():
-    "Where a pattern makes a sentence of the development part word for word (digits as words), people agree with its truth."
-    known = {towers: {even_digits(sentence): sentence for sentence in drawn_sentences(towers)} for towers in (True, False)}
-    agreed, patterns = [], defaultdict(int)
+    """Where a pattern makes a sentence of the development part word for word (digits as words), people
+    agree with its truth."""
+    known = {
+        towers: {even_digits(sentence): sentence for sentence in drawn_sentences(towers)}
+        for towers in (True, False)
+    }
+    agreed = []
+    patterns = defaultdict(int)
     for statement in read_nlvr(real_folder(), "dev"):
         towers = None not in map(tower, statement.structure)
         sentence = known[towers].get(even_digits(plain_words(statement.sentence)))
@@ -444,7 +504,8 @@ def test_truth_against_people():
 
 
 def test_drawings_against_the_pixels():
-    "What the lists say stands in the pictures: the same colours in the same places, for orders that tell left from right."
+    """What the lists say stands in the pictures: the same colours in the same places, for orders that
+    tell left from right."""
     folder = real_folder()
     palette = np.array([PIXELS[name] for name in ("yellow", "black", "blue", "box", "between")])
     for statement in read_nlvr(folder, "dev")[::120]:
@@ -452,12 +513,18 @@ def test_drawings_against_the_pixels():
             picture = np.asarray(open_image(statement.images[order], folder)).astype(int)
             ours = np.asarray(picture_of(statement.structure, order)).astype(int)
             assert picture.shape == ours.shape and np.abs(picture - ours).mean() < 2
-            nearest, expected = (np.abs(each[:, :, None] - palette).sum(-1).argmin(-1) for each in (picture, ours))
+            nearest, expected = (
+                np.abs(each[:, :, None] - palette).sum(-1).argmin(-1) for each in (picture, ours)
+            )
             assert (nearest != expected).mean() < 0.005
-            for box, start in zip(ORDERS[order], (0, 150, 300)):  # the area of each colour, from the list alone
+            for box, start in zip(
+                ORDERS[order], (0, 150, 300)
+            ):  # the area of each colour, from the list alone
                 for number, colour in enumerate(("yellow", "black", "blue")):
                     share = {"square": 1.0, "circle": np.pi / 4, "triangle": 0.5}
-                    area = sum(share[i.shape] * i.size**2 for i in statement.structure[box] if i.colour == colour)
+                    area = sum(
+                        share[i.shape] * i.size**2 for i in statement.structure[box] if i.colour == colour
+                    )
                     assert abs((nearest[:, start : start + 100] == number).sum() - area) <= 15 + 0.05 * area
 
 
@@ -465,5 +532,8 @@ def test_the_real_split_is_fair():
     folder = real_folder()
     parts = nlvr_parts(folder, held_out={"5"}, per_drawing=1)
     drawings = {name: {drawing_key(each.structure) for each in part} for name, part in parts.items()}
-    assert not drawings["train"] & (drawings["validation"] | drawings["test"]) and drawings["drawn"] <= drawings["train"]
+    assert (
+        not drawings["train"] & (drawings["validation"] | drawings["test"])
+        and drawings["drawn"] <= drawings["train"]
+    )
     assert len(parts["train"]) > 700 and len(parts["validation"]) > 150 and len(parts["test"]) > 900

@@ -1,4 +1,5 @@
-"""Teachers of every family on tiny random configurations of transformers' own classes: what they see, what they say, and that nothing changes them."""
+"""Teachers of every family on tiny random configurations of transformers' own classes: what they see,
+what they say, and that nothing changes them."""
 
 import copy
 import json
@@ -19,7 +20,16 @@ from aligned_mllm.core import InputError, checksum, seed_everything
 from aligned_mllm.teachers.cache import FeatureCache
 from aligned_mllm.teachers.families import FAMILIES
 from aligned_mllm.teachers.targets import OwnProjection, Targets, position_mean, whole_pictures
-from aligned_mllm.teachers.vision import Teacher, encoder_teacher, load_teacher, on_grid, picture_of_view, random_teacher, shows_picture
+from aligned_mllm.teachers.vision import (
+    Teacher,
+    encoder_teacher,
+    load_teacher,
+    on_grid,
+    picture_of_view,
+    random_teacher,
+    shows_picture,
+)
+
 
 @pytest.fixture(scope="module")
 def originals() -> dict:
@@ -37,7 +47,9 @@ def folders(tmp_path_factory, originals) -> dict[str, Path]:
         originals[name].save_pretrained(made[name])
         view.save_pretrained(made[name])
         if name == "dinov3_vit":  # as its authors' files say; transformers' class for it needs torchvision
-            settings = json.loads((made[name] / "preprocessor_config.json").read_text()) | {"image_processor_type": "DINOv3ViTImageProcessorFast"}
+            settings = json.loads((made[name] / "preprocessor_config.json").read_text()) | {
+                "image_processor_type": "DINOv3ViTImageProcessorFast"
+            }
             (made[name] / "preprocessor_config.json").write_text(json.dumps(settings))
     return made
 
@@ -57,14 +69,17 @@ each_family = pytest.mark.parametrize("name", FAMILIES)
 @each_family
 def test_the_row_of_the_page_of_teachers(name):
     row = checked(name, large=(66, 2), canvas=512)
-    assert row["patch"] == PATCH[name] and row["24 x 24 tokens"] == ("336 x 336, coincide" if PATCH[name] == 14 else "384 x 384, coincide")
+    assert row["patch"] == PATCH[name] and row["24 x 24 tokens"] == (
+        "336 x 336, coincide" if PATCH[name] == 14 else "384 x 384, coincide"
+    )
     assert row["66 x 2 tokens"].endswith("interpolated from 32 x 1" if name.startswith("sam") else "coincide")
     assert row["padded, count"] == "384 of 576" and row["width"] == (8 if name.startswith("sam") else 32)
 
 
 @each_family
 def test_changing_a_patch_changes_its_feature_most(teachers, name):
-    teacher, grid = teachers[name], (3, 4)
+    teacher = teachers[name]
+    grid = (3, 4)
     patch = PATCH[name]
     image = noise(4 * patch, 3 * patch)
     plain = teacher.pixels_of_view(image, (0, 0, 1, 1), grid)
@@ -94,23 +109,39 @@ def test_own_mean_and_deviation(teachers, name):
     patch = PATCH[name]
     image = noise(2 * patch, 2 * patch)
     values = np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255
-    expected = values if name == "radio" else (values - np.reshape(MEAN, (3, 1, 1))) / np.reshape(DEVIATION, (3, 1, 1))
-    assert teachers[name].pixels_of_view(image, (0, 0, 1, 1), (2, 2)).numpy() == pytest.approx(expected, abs=1e-5)
+    expected = (
+        values
+        if name == "radio"
+        else (values - np.reshape(MEAN, (3, 1, 1))) / np.reshape(DEVIATION, (3, 1, 1))
+    )
+    assert teachers[name].pixels_of_view(image, (0, 0, 1, 1), (2, 2)).numpy() == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 @each_family
 def test_features_against_the_class_itself(teachers, originals, name):
     "The whole path against a plain call of the class, with prefix tokens counted by hand."
-    teacher, patch, model = teachers[name], PATCH[name], originals[name].eval()
+    teacher = teachers[name]
+    patch = PATCH[name]
+    model = originals[name].eval()
     pixels = teacher.pixels_of_view(noise(40, 30), (0, 0, 1, 1), teacher.native)[None]
     with torch.no_grad():
         if name.startswith("clip"):
-            expected = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+            expected = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states[
+                -2
+            ][:, 1:]
         elif name.startswith("siglip2"):
-            squares = [pixels[0, :, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] for r in range(4) for c in range(4)]
+            squares = [
+                pixels[0, :, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch]
+                for r in range(4)
+                for c in range(4)
+            ]
             flat = torch.stack([square.permute(1, 2, 0).flatten() for square in squares])[None]
             given = {"pixel_values": flat, "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long)}
-            expected = getattr(model, "vision_model", model)(**given, spatial_shapes=torch.tensor([[4, 4]])).last_hidden_state
+            expected = getattr(model, "vision_model", model)(
+                **given, spatial_shapes=torch.tensor([[4, 4]])
+            ).last_hidden_state
         elif name.startswith("sam"):
             expected = model.vision_encoder(pixels).last_hidden_state.flatten(2).transpose(1, 2)
         elif name == "depth_anything":
@@ -132,22 +163,46 @@ def test_whole_pictures_where_the_processor_gives_no_picture(teachers, name):
     assert teacher.features(pixels).shape == (1, teacher.side**2, teacher.width)
 
 
-@pytest.mark.parametrize("name,size", [("dinov2", 336), ("depth_anything", 336), ("clip", 336), ("siglip", 384), ("dinov3_vit", 384), ("radio", 384)])
+@pytest.mark.parametrize(
+    "name,size",
+    [
+        ("dinov2", 336),
+        ("depth_anything", 336),
+        ("clip", 336),
+        ("siglip", 384),
+        ("dinov3_vit", 384),
+        ("radio", 384),
+    ],
+)
 def test_grids_coincide_for_llava(teachers, name, size):
     plan = teachers[name].plan((24, 24))
-    assert plan["input"] == [size, size] and plan["teacher_grid"] == [24, 24] and plan["features"] == "coincide"
-    features = teachers[name].features([teachers[name].pixels_of_view(noise(50, 70), (0.1, 0, 0.9, 1), (24, 24))])
+    assert (
+        plan["input"] == [size, size] and plan["teacher_grid"] == [24, 24] and plan["features"] == "coincide"
+    )
+    features = teachers[name].features(
+        [teachers[name].pixels_of_view(noise(50, 70), (0.1, 0, 0.9, 1), (24, 24))]
+    )
     assert features[0].shape == (576, 32)
     json.dumps(plan)
 
 
 def test_sam_geometry_is_the_papers():
-    "1024 canvas, 384 picture at 320, features [20:44]: VIRAL's numbers, with a tiny network of that geometry."
+    """1024 canvas, 384 picture at 320, features [20:44]: VIRAL's numbers, with a tiny network of that
+    geometry."""
     from transformers import SamImageProcessorPil, SamVisionConfig, SamVisionModel
 
     seed_everything(1)
-    config = SamVisionConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=1024, patch_size=16, output_channels=4,
-                             window_size=14, global_attn_indexes=[], initializer_range=0.1)  # fmt: skip
+    config = SamVisionConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=1024,
+        patch_size=16,
+        output_channels=4,
+        window_size=14,
+        global_attn_indexes=[],
+        initializer_range=0.1,
+    )
     teacher = Teacher("sam", SamVisionModel(config).vision_encoder, SamImageProcessorPil())
     pixels = teacher.pixels_of_view(noise(100, 100), (0, 0, 1, 1), (24, 24))
     assert pixels.shape == (3, 384, 384) and teacher.width == 4
@@ -156,23 +211,39 @@ def test_sam_geometry_is_the_papers():
     expected = teacher.model(canvas).last_hidden_state[0, :, 20:44, 20:44].reshape(4, 576).T
     assert torch.allclose(teacher.features([pixels])[0], expected, atol=1e-6)
     plan = teacher.plan((100, 50))
-    assert plan["features"] == "interpolate" and plan["teacher_grid"] == [64, 32] and plan["canvas"] == [1024, 1024]
+    assert (
+        plan["features"] == "interpolate"
+        and plan["teacher_grid"] == [64, 32]
+        and plan["canvas"] == [1024, 1024]
+    )
 
 
 def test_interpolation_against_loops():
     "Bilinear between patch centres, edges held, as the definition says."
-    rows, columns, to_rows, to_columns = 3, 5, 4, 2
+    rows = 3
+    columns = 5
+    to_rows = 4
+    to_columns = 2
     values = np.random.default_rng(0).normal(size=(rows, columns, 6))
     expected = np.zeros((to_rows, to_columns, 6))
     for i in range(to_rows):
         for j in range(to_columns):
-            y, x = max((i + 0.5) * rows / to_rows - 0.5, 0), max((j + 0.5) * columns / to_columns - 0.5, 0)
-            y0, x0 = int(y), int(x)
-            y1, x1, fy, fx = min(y0 + 1, rows - 1), min(x0 + 1, columns - 1), y - int(y), x - int(x)
-            expected[i, j] = (1 - fy) * ((1 - fx) * values[y0, x0] + fx * values[y0, x1]) + fy * ((1 - fx) * values[y1, x0] + fx * values[y1, x1])
+            y = max((i + 0.5) * rows / to_rows - 0.5, 0)
+            x = max((j + 0.5) * columns / to_columns - 0.5, 0)
+            y0 = int(y)
+            x0 = int(x)
+            y1 = min(y0 + 1, rows - 1)
+            x1 = min(x0 + 1, columns - 1)
+            fy = y - int(y)
+            fx = x - int(x)
+            expected[i, j] = (1 - fy) * ((1 - fx) * values[y0, x0] + fx * values[y0, x1]) + fy * (
+                (1 - fx) * values[y1, x0] + fx * values[y1, x1]
+            )
     features = torch.tensor(values, dtype=torch.float32).view(15, 6)
     assert on_grid(features, (3, 5), (4, 2)).numpy() == pytest.approx(expected.reshape(8, 6), abs=1e-6)
-    assert torch.equal(on_grid(features.expand(2, 7, 15, 6), (3, 5), (4, 2))[1, 3], on_grid(features, (3, 5), (4, 2)))
+    assert torch.equal(
+        on_grid(features.expand(2, 7, 15, 6), (3, 5), (4, 2))[1, 3], on_grid(features, (3, 5), (4, 2))
+    )
     with pytest.raises(InputError, match="15 features"):
         on_grid(features, (5, 5), (4, 2))
 
@@ -185,38 +256,76 @@ def test_interpolated_features_are_used_where_grids_differ(teachers):
     assert plan["features"] == "interpolate" and plan["teacher_grid"] == [4, 4]
     pixels = limited.pixels_of_view(noise(60, 60), (0, 0, 1, 1), (6, 6))
     values, keep = Targets(limited)(whole_pictures(["a"], [pixels], (6, 6)))
-    assert torch.allclose(values, on_grid(teachers["dinov2"].features([pixels])[0], (4, 4), (6, 6)), atol=1e-6) and len(keep) == 36
+    assert (
+        torch.allclose(values, on_grid(teachers["dinov2"].features([pixels])[0], (4, 4), (6, 6)), atol=1e-6)
+        and len(keep) == 36
+    )
 
 
 def test_views_against_pillow():
     image = noise(60, 40)
-    assert np.array_equal(picture_of_view(image, (0, 0, 1, 1), (28, 28)), image.resize((28, 28), Image.Resampling.BICUBIC))
+    assert np.array_equal(
+        picture_of_view(image, (0, 0, 1, 1), (28, 28)), image.resize((28, 28), Image.Resampling.BICUBIC)
+    )
     square = Image.new("RGB", (60, 60), (9, 8, 7))
     square.paste(image, (0, 10))
     padded = picture_of_view(image, (0, -0.25, 1, 1.25), (36, 36), (9, 8, 7))
     assert np.array_equal(padded, square.resize((36, 36), Image.Resampling.BICUBIC))
     cropped = picture_of_view(image, (1 / 6, 0, 5 / 6, 1), (20, 20))
-    resized = image.resize((30, 20), Image.Resampling.BICUBIC).crop((5, 0, 25, 20))  # as processors do: resize, then cut
+    resized = image.resize((30, 20), Image.Resampling.BICUBIC).crop(
+        (5, 0, 25, 20)
+    )  # as processors do: resize, then cut
     assert np.abs(np.asarray(cropped, dtype=int) - np.asarray(resized, dtype=int)).max() <= 1
-    smooth = noise(6, 4).resize((60, 40), Image.Resampling.BICUBIC)  # Pillow rounds between its two passes, which noise makes visible
+    smooth = noise(6, 4).resize(
+        (60, 40), Image.Resampling.BICUBIC
+    )  # Pillow rounds between its two passes, which noise makes visible
     half = smooth.resize((56, 28), Image.Resampling.BICUBIC).crop((28, 0, 56, 28))
-    assert np.abs(np.asarray(picture_of_view(smooth, (0.5, 0, 1, 1), (28, 28)), dtype=int) - np.asarray(half, dtype=int)).max() <= 1
-    assert np.abs(np.asarray(picture_of_view(smooth, (0.52, 0, 1, 1), (28, 28)), dtype=int) - np.asarray(half, dtype=int)).max() > 5
-    assert picture_of_view(image.convert("L"), (-1, -1, 0, 0), (4, 4), (1, 2, 3)).getpixel((1, 1)) == (1, 2, 3)
+    assert (
+        np.abs(
+            np.asarray(picture_of_view(smooth, (0.5, 0, 1, 1), (28, 28)), dtype=int)
+            - np.asarray(half, dtype=int)
+        ).max()
+        <= 1
+    )
+    assert (
+        np.abs(
+            np.asarray(picture_of_view(smooth, (0.52, 0, 1, 1), (28, 28)), dtype=int)
+            - np.asarray(half, dtype=int)
+        ).max()
+        > 5
+    )
+    assert picture_of_view(image.convert("L"), (-1, -1, 0, 0), (4, 4), (1, 2, 3)).getpixel((1, 1)) == (
+        1,
+        2,
+        3,
+    )
 
 
 def test_padding_is_the_mean_colour(teachers):
     pixels = teachers["dinov2"].pixels_of_view(noise(60, 20), (0, -1, 1, 2), (6, 6))
-    assert pixels[:, : 2 * 14 - 2].abs().max() < 0.5 / 255 / min(DEVIATION) + 1e-6 < pixels[:, 30:50].abs().max()
+    assert (
+        pixels[:, : 2 * 14 - 2].abs().max() < 0.5 / 255 / min(DEVIATION) + 1e-6 < pixels[:, 30:50].abs().max()
+    )
 
 
-BOXES = [((0, -0.25, 1, 1.25), (6, 4)), ((-0.5, 0, 1.5, 1), (3, 8)), ((0.1, 0.2, 0.7, 0.9), (5, 5)), ((0, -1, 1, 2), (6, 6)), ((0.5, 0.5, 1.5, 1.5), (4, 6))]
+BOXES = [
+    ((0, -0.25, 1, 1.25), (6, 4)),
+    ((-0.5, 0, 1.5, 1), (3, 8)),
+    ((0.1, 0.2, 0.7, 0.9), (5, 5)),
+    ((0, -1, 1, 2), (6, 6)),
+    ((0.5, 0.5, 1.5, 1.5), (4, 6)),
+]
 
 
 @pytest.mark.parametrize("box,grid", BOXES)
 def test_padding_mask_against_painting(box, grid):
     "Paint the picture white on black padding, finely, and ask of each patch whether it has any white."
-    fine = picture_of_view(Image.new("RGB", (240, 240), (255,) * 3), box, (grid[0] * 20, grid[1] * 20), resample=Image.Resampling.BOX)
+    fine = picture_of_view(
+        Image.new("RGB", (240, 240), (255,) * 3),
+        box,
+        (grid[0] * 20, grid[1] * 20),
+        resample=Image.Resampling.BOX,
+    )
     white = (np.asarray(fine)[..., 0] > 0).reshape(grid[0], 20, grid[1], 20).any((1, 3))
     assert shows_picture(box, grid).numpy().tolist() == white.flatten().tolist()
 
@@ -224,9 +333,12 @@ def test_padding_mask_against_painting(box, grid):
 def test_student_pixels_are_the_students(folders, teachers):
     from transformers import CLIPImageProcessorPil
 
-    clip, image = CLIPImageProcessorPil(), noise(28, 28)
+    clip = CLIPImageProcessorPil()
+    image = noise(28, 28)
     released = load_teacher(str(folders["dinov2"]), pixels="student", student=clip)
-    expected = (np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255 - np.reshape(clip.image_mean, (3, 1, 1))) / np.reshape(clip.image_std, (3, 1, 1))
+    expected = (
+        np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255 - np.reshape(clip.image_mean, (3, 1, 1))
+    ) / np.reshape(clip.image_std, (3, 1, 1))
     assert released.pixels_of_view(image, (0, 0, 1, 1), (2, 2)).numpy() == pytest.approx(expected, abs=1e-5)
     assert released.seal == teachers["dinov2"].seal and released.plan((2, 2))["pixels"] == "student"
     assert random_teacher(released, 0).plan((2, 2))["pixels"] == "student"
@@ -257,8 +369,13 @@ def test_what_cannot_be_a_teacher_says_why(folders, tmp_path):
     def other_type(folder):
         (folder / "config.json").write_text(json.dumps({"model_type": "swin"}))
 
-    for change, message in ((only_pickle, "safetensors"), (lacking, "1 tensors of the encoder"), (own_code, "never run"), (other_type, "'swin'"),
-                            (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config")):  # fmt: skip
+    for change, message in (
+        (only_pickle, "safetensors"),
+        (lacking, "1 tensors of the encoder"),
+        (own_code, "never run"),
+        (other_type, "'swin'"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config"),
+    ):
         with pytest.raises(InputError, match=message):
             load_teacher(copied(f"{message[:5].strip()}{id(change)}".replace("'", ""), change))
     for settings in ({"layer": 3}, {"pixels": "student"}, {"pixels": "theirs"}):
@@ -278,7 +395,8 @@ def test_a_changed_weight_is_noticed(folders):
 
 
 def test_a_student_around_a_teacher_changes_it_and_ours_stays(folders, tmp_path):
-    "What the paper's code does: the teacher inside the class that `from_pretrained` loads. transformers re-initialises it."
+    """What the paper's code does: the teacher inside the class that `from_pretrained` loads. transformers
+    re-initialises it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     teacher = load_teacher(str(folders["dinov2"]))
@@ -288,11 +406,17 @@ def test_a_student_around_a_teacher_changes_it_and_ours_stays(folders, tmp_path)
             super().__init__(config)
             self.teacher = copy.deepcopy(teacher.model)
 
-    config = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     inside = Around.from_pretrained(tmp_path).teacher
     assert checksum(inside) != teacher.seal
-    changed = [name for name, value in inside.state_dict().items() if not torch.equal(value, teacher.model.state_dict()[name])]
+    changed = [
+        name
+        for name, value in inside.state_dict().items()
+        if not torch.equal(value, teacher.model.state_dict()[name])
+    ]
     assert any("mlp.fc1.weight" in name for name in changed) and any("attention" in name for name in changed)
     assert teacher.verify() == teacher.seal == load_teacher(str(folders["dinov2"])).seal
 
@@ -308,21 +432,34 @@ def test_a_student_around_a_teacher_changes_it_and_ours_stays(folders, tmp_path)
 def batch_of(teacher: Teacher, views: list[tuple], images: dict[str, Image.Image]) -> dict:
     names = list(images)
     return {
-        "image_names": names, "view_of": torch.tensor([names.index(name) for name, _, _ in views]), "boxes": torch.tensor([box for _, box, _ in views]),
-        "grids": torch.tensor([grid for _, _, grid in views]), "teacher_pixels": [teacher.pixels_of_view(images[name], box, grid) for name, box, grid in views],
-    }  # fmt: skip
+        "image_names": names,
+        "view_of": torch.tensor([names.index(name) for name, _, _ in views]),
+        "boxes": torch.tensor([box for _, box, _ in views]),
+        "grids": torch.tensor([grid for _, _, grid in views]),
+        "teacher_pixels": [teacher.pixels_of_view(images[name], box, grid) for name, box, grid in views],
+    }
 
 
-WHOLE, PADDED = (0.0, 0.0, 1.0, 1.0), (0.0, -1.0, 1.0, 2.0)
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+PADDED = (0.0, -1.0, 1.0, 2.0)
 IMAGES = {"a": noise(60, 20, 1), "b": noise(30, 30, 2), "c": noise(20, 40, 3)}
-VIEWS = [("a", PADDED, (6, 6)), ("b", WHOLE, (6, 6)), ("b", (0, 0, 0.5, 1), (3, 6)), ("a", PADDED, (6, 6)), ("c", WHOLE, (3, 6))]
+VIEWS = [
+    ("a", PADDED, (6, 6)),
+    ("b", WHOLE, (6, 6)),
+    ("b", (0, 0, 0.5, 1), (3, 6)),
+    ("a", PADDED, (6, 6)),
+    ("c", WHOLE, (3, 6)),
+]
 
 
 def test_targets_of_mixed_views(folders):
     teacher = load_teacher(str(folders["dinov2"]))
-    asked, features = [], teacher.features
+    asked = []
+    features = teacher.features
     batch = batch_of(teacher, VIEWS, IMAGES)
-    teacher.features = lambda pixels: asked.append([tuple(item.shape[1:]) for item in pixels]) or features(pixels)
+    teacher.features = lambda pixels: (
+        asked.append([tuple(item.shape[1:]) for item in pixels]) or features(pixels)
+    )
     targets = Targets(teacher)
     values, keep = targets(batch)
     assert sorted(asked[0]) == [(42, 84), (42, 84), (84, 84), (84, 84)]  # five views, four different
@@ -331,7 +468,13 @@ def test_targets_of_mixed_views(folders):
     shown = [False] * 12 + [True] * 12 + [False] * 12
     assert keep.tolist() == shown + [True] * 54 + shown + [True] * 18
     assert torch.equal(targets(batch)[0], values) and asked[1:] in ([], [[]])
-    empty = {"image_names": [], "grids": torch.zeros(0, 2).long(), "boxes": torch.zeros(0, 4), "view_of": torch.zeros(0).long(), "teacher_pixels": []}
+    empty = {
+        "image_names": [],
+        "grids": torch.zeros(0, 2).long(),
+        "boxes": torch.zeros(0, 4),
+        "view_of": torch.zeros(0).long(),
+        "teacher_pixels": [],
+    }
     assert [tuple(part.shape) for part in targets(empty)] == [(0, 32), (0,)]
 
 
@@ -340,14 +483,21 @@ def test_controls_of_mixed_views(teachers):
     batch = batch_of(teacher, VIEWS, IMAGES)
     own = Targets(teacher).features(batch)
     mean = position_mean(torch.stack([own[0], own[1]]))
-    made = {kind: Targets(teacher, kind, mean)(batch) for kind in ("other_image", "position_mean", "mean_removed", "mean_removed_other")}
+    made = {
+        kind: Targets(teacher, kind, mean)(batch)
+        for kind in ("other_image", "position_mean", "mean_removed", "mean_removed_other")
+    }
     partners = [1, 3, 4, 1, 2]  # the next of another picture on the same grid
     assert torch.equal(made["other_image"][0], torch.cat([own[index] for index in partners]))
     assert torch.equal(made["position_mean"][0][:36], mean[0])
     on_small = on_grid(mean[0], (6, 6), (3, 6))
-    assert torch.allclose(made["mean_removed"][0][72:90], own[2] - on_small) and torch.allclose(made["mean_removed_other"][0][72:90], own[4] - on_small)
+    assert torch.allclose(made["mean_removed"][0][72:90], own[2] - on_small) and torch.allclose(
+        made["mean_removed_other"][0][72:90], own[4] - on_small
+    )
     both = shows_picture(PADDED, (6, 6))
-    assert torch.equal(made["other_image"][1][36:72], both) and torch.equal(made["mean_removed"][1][36:72], torch.ones(36, dtype=torch.bool))
+    assert torch.equal(made["other_image"][1][36:72], both) and torch.equal(
+        made["mean_removed"][1][36:72], torch.ones(36, dtype=torch.bool)
+    )
     alone = batch_of(teacher, [VIEWS[0], VIEWS[2]], {name: IMAGES[name] for name in "ab"})
     assert torch.equal(Targets(teacher, "other_image")(alone)[0][36:], on_grid(own[0], (6, 6), (3, 6)))
     with pytest.raises(InputError, match="at least two"):
@@ -362,19 +512,35 @@ def test_memory_has_a_limit(teachers):
 
 def test_own_projection_follows_the_projector(parts):
     from aligned_mllm.models.compose import compose
-    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+    )
 
     tower = CLIPVisionModel(CLIPVisionConfig(**VISION, image_size=40, patch_size=8))
     view = CLIPImageProcessorPil(size={"height": 40, "width": 40}, do_center_crop=False)
     words = parts / "language_model"
-    model, processor = compose(tower, AutoModelForCausalLM.from_pretrained(words), AutoTokenizer.from_pretrained(words), view)
+    model, processor = compose(
+        tower, AutoModelForCausalLM.from_pretrained(words), AutoTokenizer.from_pretrained(words), view
+    )
     given = processor(images=[noise(40, 40)], text="<image>", return_tensors="pt")
-    batch = {**given, "visual_mask": given["input_ids"] == processor.image_token_id, **whole_pictures(["a"], torch.zeros(1, 3, 2, 2), (5, 5))}
+    batch = {
+        **given,
+        "visual_mask": given["input_ids"] == processor.image_token_id,
+        **whole_pictures(["a"], torch.zeros(1, 3, 2, 2), (5, 5)),
+    }
     own = encoder_teacher(model, processor)
     raw = own.features([own.pixels_of_view(noise(40, 40), WHOLE, (5, 5))])[0]
     for _ in range(2):
         values, keep = OwnProjection(model)(batch)
-        assert torch.allclose(values, model.model.multi_modal_projector(raw), atol=1e-4) and keep.all() and not values.requires_grad
+        assert (
+            torch.allclose(values, model.model.multi_modal_projector(raw), atol=1e-4)
+            and keep.all()
+            and not values.requires_grad
+        )
         with torch.no_grad():
             model.model.multi_modal_projector.linear_2.weight.mul_(-3)
     assert own.verify() and not model.model.language_model.layers[0]._forward_pre_hooks
@@ -389,17 +555,32 @@ def pictures(tmp_path) -> Path:
 
 
 def test_cache_gives_what_was_put_and_only_that(teachers, pictures, tmp_path):
-    teacher, folder = teachers["dinov2"], tmp_path / "features"
+    teacher = teachers["dinov2"]
+    folder = tmp_path / "features"
     images = {f"{name}.png": image for name, image in IMAGES.items()}
     batch = batch_of(teacher, [(f"{name}.png", box, grid) for name, box, grid in VIEWS], images)
     fresh, kept = Targets(teacher)(batch)
     first = FeatureCache(folder, teacher)
-    assert torch.equal(Targets(teacher, disk=first, image_folder=pictures)(batch)[0], fresh) and first.counts["written"] == 4
+    assert (
+        torch.equal(Targets(teacher, disk=first, image_folder=pictures)(batch)[0], fresh)
+        and first.counts["written"] == 4
+    )
     again = FeatureCache(folder, teacher)
-    other = {**batch, "teacher_pixels": [torch.full_like(pixels, torch.nan) for pixels in batch["teacher_pixels"]]}  # not looked at
+    other = {
+        **batch,
+        "teacher_pixels": [torch.full_like(pixels, torch.nan) for pixels in batch["teacher_pixels"]],
+    }  # not looked at
     values, keep = Targets(teacher, disk=again, image_folder=pictures)(other)
-    assert torch.equal(values, fresh) and torch.equal(keep, kept) and again.counts["read"] == 4 and again.size == first.size > 4 * 18 * 32 * 4
-    assert again.get(pictures / "b.png", (0, 0, 0.5, 1), (6, 6)) is None and again.get(pictures / "b.png", (0, 0, 0.4, 1), (3, 6)) is None
+    assert (
+        torch.equal(values, fresh)
+        and torch.equal(keep, kept)
+        and again.counts["read"] == 4
+        and again.size == first.size > 4 * 18 * 32 * 4
+    )
+    assert (
+        again.get(pictures / "b.png", (0, 0, 0.5, 1), (6, 6)) is None
+        and again.get(pictures / "b.png", (0, 0, 0.4, 1), (3, 6)) is None
+    )
     with pytest.raises(InputError, match="not finite"):
         Targets(teacher, disk=FeatureCache(tmp_path / "new", teacher), image_folder=pictures)(other)
     with pytest.raises(InputError, match="image folder"):
@@ -427,9 +608,12 @@ def test_cache_refuses_other_teachers_and_other_ways_of_looking(folders, teacher
     FeatureCache(folder, load_teacher(str(folders["dinov2"])))
     same = teachers["dinov2"]
     different = {
-        "checksum": random_teacher(same, 3), "layer": replace(same, layer=1), "most_patches": replace(same, most_patches=9),
-        "pixels": replace(same, student=CLIPImageProcessorPil()), "type": load_teacher(str(folders["dinov2"]), dtype=torch.bfloat16),
-    }  # fmt: skip
+        "checksum": random_teacher(same, 3),
+        "layer": replace(same, layer=1),
+        "most_patches": replace(same, most_patches=9),
+        "pixels": replace(same, student=CLIPImageProcessorPil()),
+        "type": load_teacher(str(folders["dinov2"]), dtype=torch.bfloat16),
+    }
     for what, teacher in different.items():
         with pytest.raises(InputError, match=what):
             FeatureCache(folder, teacher)
@@ -457,11 +641,18 @@ def test_cache_refuses_foreign_and_damaged_entries(teachers, pictures, tmp_path)
 def test_cache_has_a_limit(teachers, pictures, tmp_path):
     cache = FeatureCache(tmp_path / "features", teachers["dinov2"], limit_mib=1)
     entry = torch.zeros(1000, 100)  # 0.38 MiB
-    assert [cache.put(pictures / f"{name}.png", WHOLE, (10, 100), entry) for name in "abc"] == [True, True, False]
+    assert [cache.put(pictures / f"{name}.png", WHOLE, (10, 100), entry) for name in "abc"] == [
+        True,
+        True,
+        False,
+    ]
     held = sum(path.stat().st_size for path in (tmp_path / "features").rglob("*.safetensors"))
     assert held <= 2**20 and cache.counts["no room"] == 1
     reopened = FeatureCache(tmp_path / "features", teachers["dinov2"], limit_mib=1)
-    assert not reopened.put(pictures / "c.png", WHOLE, (10, 100), entry) and reopened.get(pictures / "a.png", WHOLE, (10, 100)) is not None
+    assert (
+        not reopened.put(pictures / "c.png", WHOLE, (10, 100), entry)
+        and reopened.get(pictures / "a.png", WHOLE, (10, 100)) is not None
+    )
 
 
 WRITER = """
@@ -477,7 +668,11 @@ for count in range(100000):
 
 def test_cache_survives_being_killed_while_it_writes(folders, teachers, pictures, tmp_path):
     folder = tmp_path / "features"
-    process = subprocess.Popen([sys.executable, "-c", WRITER, folder, folders["dinov2"], pictures / "a.png"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, folder, folders["dinov2"], pictures / "a.png"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for _ in range(3):
         process.stdout.readline()
     until = time.time() + 20  # end it when a half file is there
@@ -486,10 +681,14 @@ def test_cache_survives_being_killed_while_it_writes(folders, teachers, pictures
     process.terminate()
     process.wait()
     assert process.returncode < 0
-    cache, whole = FeatureCache(folder, teachers["dinov2"]), 0
+    cache = FeatureCache(folder, teachers["dinov2"])
+    whole = 0
     entries = len(list(folder.rglob("*.safetensors")))
     for count in range(entries + 1):
         values = cache.get(pictures / "a.png", WHOLE, (count + 1, 1))
         whole += values is not None and len(values) == 500000 and bool((values == count).all())
     assert whole == entries >= 3
-    assert cache.put(pictures / "a.png", WHOLE, (entries + 1, 1), torch.zeros(3)) and len(cache.get(pictures / "a.png", WHOLE, (entries + 1, 1))) == 3
+    assert (
+        cache.put(pictures / "a.png", WHOLE, (entries + 1, 1), torch.zeros(3))
+        and len(cache.get(pictures / "a.png", WHOLE, (entries + 1, 1))) == 3
+    )

@@ -15,10 +15,17 @@ from conftest import ENVIRONMENT, train, train_command
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, checksum, load_json
-from aligned_mllm.settings import configured, parsed_setting
-from aligned_mllm.train import run, trainer_of
+from aligned_mllm.training.config import configured, parsed_setting
+from aligned_mllm.training.run import run, trainer_of
 
-FEW = {"max_steps": 6, "logging_steps": 1, "eval_steps": 6, "save_steps": 3, "disable_tqdm": True, "per_device_train_batch_size": 8}
+FEW = {
+    "max_steps": 6,
+    "logging_steps": 1,
+    "eval_steps": 6,
+    "save_steps": 3,
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 8,
+}
 WORDS = [f"{key}={json.dumps(value)}" for key, value in FEW.items()]
 
 
@@ -35,31 +42,61 @@ def one_run(small_data, tmp_path_factory):
 
 def test_a_run_folder_tells_all(one_run):
     names = {path.name for path in one_run.iterdir()}
-    assert {"config.json", "environment.json", "parameters.json", "teachers.json", "curves.csv", "left_out.csv", "model", "alignment.safetensors", "done.json"} <= names
+    assert {
+        "config.json",
+        "environment.json",
+        "parameters.json",
+        "teachers.json",
+        "curves.csv",
+        "left_out.csv",
+        "model",
+        "alignment.safetensors",
+        "done.json",
+    } <= names
     assert not list(one_run.glob("checkpoint-*"))
     teachers = load_json(one_run / "teachers.json")
     assert teachers["before"] == teachers["after"] != ""
     assert load_json(one_run / "config.json")["align_layers"] == [3]
-    assert set(pd.read_csv(one_run / "curves.csv").name) >= {"loss", "loss_text", "loss_viral", "accuracy", "grad_norm"}
+    assert set(pd.read_csv(one_run / "curves.csv").name) >= {
+        "loss",
+        "loss_text",
+        "loss_viral",
+        "accuracy",
+        "grad_norm",
+    }
 
 
-@pytest.mark.parametrize("recipe, changed", [("scenes_stage1", {"projector"}), ("scenes_viral", {"projector", "language_model", "alignment"})])
+@pytest.mark.parametrize(
+    "recipe, changed",
+    [("scenes_stage1", {"projector"}), ("scenes_viral", {"projector", "language_model", "alignment"})],
+)
 def test_exactly_the_right_parameters_train(small_data, tmp_path, recipe, changed):
     trainer = trainer_of(configured(recipe, small_data, tmp_path / "run", {**FEW, "evaluation_records": ""}))
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {name for name, value in trainer.model.named_parameters() if value.requires_grad}
-    kinds = {"vision_tower": "vision_tower", "multi_modal_projector": "projector", "language_model": "language_model", "lm_head": "language_model",
-             "objective": "alignment"}  # fmt: skip
+    kinds = {
+        "vision_tower": "vision_tower",
+        "multi_modal_projector": "projector",
+        "language_model": "language_model",
+        "lm_head": "language_model",
+        "objective": "alignment",
+    }
     assert {next(kinds[key] for key in kinds if key in name) for name in moved} == changed
 
 
 def test_accumulated_batches_are_one_large_batch(one_run, small_data, tmp_path):
-    run("scenes_viral", small_data, tmp_path / "run", {**FEW, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    run(
+        "scenes_viral",
+        small_data,
+        tmp_path / "run",
+        {**FEW, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    )
     for name in ("loss_text", "loss_viral"):
         assert (losses(one_run, name) - losses(tmp_path / "run", name)).abs().max() < 2e-4
-    one, other = load_file(one_run / "model" / "model.safetensors"), load_file(tmp_path / "run" / "model" / "model.safetensors")
+    one = load_file(one_run / "model" / "model.safetensors")
+    other = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert max((one[name] - other[name]).abs().max() for name in one) < 5e-3
 
 
@@ -72,10 +109,21 @@ def test_two_processes_are_one(one_run, small_data, tmp_path):
 
 
 def test_killed_and_run_again_is_bit_equal(small_data, tmp_path):
-    words = [*(word for word in WORDS if "steps" not in word), "max_steps=60", "logging_steps=10", "save_steps=10", "eval_steps=20"]
+    words = [
+        *(word for word in WORDS if "steps" not in word),
+        "max_steps=60",
+        "logging_steps=10",
+        "save_steps=10",
+        "eval_steps=20",
+    ]
     assert train("scenes_viral", small_data, tmp_path / "whole", *words).returncode == 0
-    process = subprocess.Popen(train_command("scenes_viral", small_data, tmp_path / "killed", *words), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        train_command("scenes_viral", small_data, tmp_path / "killed", *words),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     while not list((tmp_path / "killed").glob("checkpoint-*/whole.json")):
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.02)
@@ -106,12 +154,21 @@ print(json.dumps({"logits": model(**batch).logits[0, -1].tolist(), "said": said[
     from aligned_mllm.models.compose import load_model
 
     picture = small_data / sorted(path.relative_to(small_data) for path in small_data.rglob("*.png"))[0]
-    found = subprocess.run([sys.executable, "-c", script, one_run / "model", picture, "where red"], env=ENVIRONMENT, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", script, one_run / "model", picture, "where red"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stderr[-2000:]
     theirs = json.loads(found.stdout.splitlines()[-1])
     model, processor = load_model(one_run / "model")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where red"}]}]
-    batch = processor(images=Image.open(picture).convert("RGB"), text=processor.apply_chat_template(messages, add_generation_prompt=True), return_tensors="pt")
+    batch = processor(
+        images=Image.open(picture).convert("RGB"),
+        text=processor.apply_chat_template(messages, add_generation_prompt=True),
+        return_tensors="pt",
+    )
     with torch.no_grad():
         ours = model.eval()(**batch).logits[0, -1]
     assert (ours - torch.tensor(theirs["logits"])).abs().max() < 1e-5
@@ -119,9 +176,13 @@ print(json.dumps({"logits": model(**batch).logits[0, -1].tolist(), "said": said[
 
 
 def test_a_teacher_that_changes_is_noticed(small_data, tmp_path):
-    trainer = trainer_of(configured("scenes_viral", small_data, tmp_path / "run", {**FEW, "evaluation_records": ""}))
+    trainer = trainer_of(
+        configured("scenes_viral", small_data, tmp_path / "run", {**FEW, "evaluation_records": ""})
+    )
     teacher = trainer.targets.teacher
-    assert not any(parameter is mine for parameter in trainer.model.parameters() for mine in teacher.model.parameters())
+    assert not any(
+        parameter is mine for parameter in trainer.model.parameters() for mine in teacher.model.parameters()
+    )
     assert teacher.verify() == teacher.seal
     with torch.no_grad():
         next(teacher.model.parameters()).add_(1.0)
@@ -137,25 +198,40 @@ def test_lora_trains_and_merges(small_data, tmp_path):
     assert any(part["trained"] for name, part in trained.items() if "projector" in name)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["align_layer=3"], "align_layers"),
-    (["align_layers=[9]"], "0 to 6|0..6|layer"),
-    (["max_steps=many"], "value of type"),
-    (["records=nothing.jsonl"], "nothing.jsonl"),
-    (["teacher=./nobody"], "nobody"),
-    (["align_target=another"], "align_target"),
-    (["align_layers=3"], "list"),
-    (["max_steps=1.5"], "int"),
-    (["optim=foo"], "foo"),
-    (["model=runs/nothing/model"], "runs/nothing/model"),
-    (["data=elsewhere"], "--data"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["align_layer=3"], "align_layers"),
+        (["align_layers=[9]"], "0 to 6|0..6|layer"),
+        (["max_steps=many"], "value of type"),
+        (["records=nothing.jsonl"], "nothing.jsonl"),
+        (["teacher=./nobody"], "nobody"),
+        (["align_target=another"], "align_target"),
+        (["align_layers=3"], "list"),
+        (["max_steps=1.5"], "int"),
+        (["optim=foo"], "foo"),
+        (["model=runs/nothing/model"], "runs/nothing/model"),
+        (["data=elsewhere"], "--data"),
+    ],
+)
 def test_bad_settings_stop_before_the_first_step(small_data, tmp_path, words, message, capsys):
-    from aligned_mllm.train import main
+    from aligned_mllm.training.run import main
 
-    status = main(["--recipe", "scenes_viral", "--data", str(small_data), "--output", str(tmp_path / "run"), *(part for word in words for part in ("--set", word))])
+    status = main(
+        [
+            "--recipe",
+            "scenes_viral",
+            "--data",
+            str(small_data),
+            "--output",
+            str(tmp_path / "run"),
+            *(part for word in words for part in ("--set", word)),
+        ]
+    )
     said = capsys.readouterr().err
-    assert status == 2 and len(said.strip().splitlines()) == 1 and pd.Series([said]).str.contains(message).all(), said
+    assert (
+        status == 2 and len(said.strip().splitlines()) == 1 and pd.Series([said]).str.contains(message).all()
+    ), said
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -168,11 +244,27 @@ def test_another_start_is_another_run(one_run, small_data, tmp_path):
 
 def test_a_position_code_is_put_on_once(small_data, tmp_path):
     run("scenes_position_code", small_data, tmp_path / "one", FEW)
-    two = run("scenes_position_code", small_data, tmp_path / "two", {**FEW, "model": str(tmp_path / "one" / "model")})
-    trainer = trainer_of(configured("scenes_position_code", small_data, tmp_path / "three", {**FEW, "model": str(two / "model")}))
+    two = run(
+        "scenes_position_code",
+        small_data,
+        tmp_path / "two",
+        {**FEW, "model": str(tmp_path / "one" / "model")},
+    )
+    trainer = trainer_of(
+        configured(
+            "scenes_position_code", small_data, tmp_path / "three", {**FEW, "model": str(two / "model")}
+        )
+    )
     assert len(trainer.model.student.model.multi_modal_projector._forward_pre_hooks) == 1
     with pytest.raises(InputError, match="position_code"):
-        trainer_of(configured("scenes_position_code", small_data, tmp_path / "four", {**FEW, "model": str(two / "model"), "position_code": 2.0}))
+        trainer_of(
+            configured(
+                "scenes_position_code",
+                small_data,
+                tmp_path / "four",
+                {**FEW, "model": str(two / "model"), "position_code": 2.0},
+            )
+        )
 
 
 def test_a_folder_whose_run_never_began_is_free(small_data, tmp_path):
@@ -182,7 +274,7 @@ def test_a_folder_whose_run_never_began_is_free(small_data, tmp_path):
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys):
-    from aligned_mllm.train import main
+    from aligned_mllm.training.run import main
 
     assert main(["--recipe", "scenes_virral", "--data", "x", "--output", "y"]) == 2
     assert "scenes_viral" in capsys.readouterr().err
@@ -195,17 +287,26 @@ def test_a_malformed_record_is_named_or_left_out(small_data, tmp_path):
     with pytest.raises(InputError, match="broken.jsonl:2"):
         run("scenes_plain", small_data, tmp_path / "run", settings)
     run("scenes_plain", small_data, tmp_path / "run", {**settings, "broken_records": "leave_out"})
-    assert pd.read_csv(tmp_path / "run" / "left_out.csv")["where"].str.endswith("broken.jsonl:2").tolist() == [True]
+    assert pd.read_csv(tmp_path / "run" / "left_out.csv")["where"].str.endswith(
+        "broken.jsonl:2"
+    ).tolist() == [True]
 
 
 def test_a_full_disk_is_one_message_and_a_clean_resume(small_data, tmp_path):
     "No file may grow beyond 1 MiB: the first checkpoint cannot be written."
     words = [word for word in WORDS if "save_steps" not in word] + ["save_steps=2"]
     command = train_command("scenes_viral", small_data, tmp_path / "run", *words)
-    limited = [sys.executable, "-c", "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); os.execv(sys.argv[1], sys.argv[1:])", *command]
+    limited = [
+        sys.executable,
+        "-c",
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); os.execv(sys.argv[1], sys.argv[1:])",
+        *command,
+    ]
     failed = subprocess.run(limited, env=ENVIRONMENT, capture_output=True, text=True)
     assert failed.returncode != 0 and "run the same command again" in failed.stderr
-    assert not (tmp_path / "run" / "done.json").exists() and not list((tmp_path / "run").glob("checkpoint-*/whole.json"))
+    assert not (tmp_path / "run" / "done.json").exists() and not list(
+        (tmp_path / "run").glob("checkpoint-*/whole.json")
+    )
     assert train("scenes_viral", small_data, tmp_path / "run", *words).returncode == 0
     assert checksum(load_file(tmp_path / "run" / "model" / "model.safetensors"))
 

@@ -1,4 +1,5 @@
-"""Widgets: what they compute, against references; what they refuse; and, in a real browser, what changes in the page when one asks, clicks and slides."""
+"""Widgets: what they compute, against references; what they refuse; and, in a real browser, what changes
+in the page when one asks, clicks and slides."""
 
 import json
 import shutil
@@ -20,14 +21,26 @@ from browser import ARTEFACTS, COMMANDS, ROOT, chromium, free_port, keep, served
 from PIL import Image
 from tiny_models import FAMILIES, tiny
 
-from aligned_mllm import apps, widgets
+from aligned_mllm.apps import serve as apps
+from aligned_mllm.apps import widgets
 from aligned_mllm.analysis.subjects import Subject
 from aligned_mllm.core import InputError, save_json
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
-from aligned_mllm.data.scenes import Sizes, write_scenes
-from aligned_mllm.models.parts import embedded_model
-from aligned_mllm.widgets import EMBEDDED, Ask, Compare, Known, Look, Picture, Session, Spoken, Token, Work
+from aligned_mllm.worlds.scenes import Sizes, write_scenes
+from aligned_mllm.worlds.small_models import embedded_model
+from aligned_mllm.apps.widgets import (
+    EMBEDDED,
+    Ask,
+    Compare,
+    Known,
+    Look,
+    Picture,
+    Session,
+    Spoken,
+    Token,
+    Work,
+)
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -42,13 +55,26 @@ def runs(tmp_path_factory, parts) -> Path:
         model, processor = embedded_model(parts, seed=seed)
         model.save_pretrained(root / name / "model")
         processor.save_pretrained(root / name / "model")
-        for file, content in (("done", {}), ("config", {"data": "runs/data", "with_images": True}), ("scores", {"records": "test.jsonl"})):
+        for file, content in (
+            ("done", {}),
+            ("config", {"data": "runs/data", "with_images": True}),
+            ("scores", {"records": "test.jsonl"}),
+        ):
             save_json(content, root / name / f"{file}.json")
         rows = []
         for index, record in enumerate(records):
-            turn, wrong = record.turns[-1], seed and index % 3 == 0
-            rows.append({"id": record.id, "category": turn.category, "question": turn.question, "expected": turn.answer,
-                         "answer": "nonsense" if wrong else turn.answer, "correct": not wrong})  # fmt: skip
+            turn = record.turns[-1]
+            wrong = seed and index % 3 == 0
+            rows.append(
+                {
+                    "id": record.id,
+                    "category": turn.category,
+                    "question": turn.question,
+                    "expected": turn.answer,
+                    "answer": "nonsense" if wrong else turn.answer,
+                    "correct": not wrong,
+                }
+            )
         pd.DataFrame(rows).to_json(root / name / "answers.jsonl", orient="records", lines=True)
         curve = [(step, "loss", 2 / (1 + seed + step)) for step in range(5)]
         pd.DataFrame(curve, columns=["step", "name", "value"]).to_csv(root / name / "curves.csv", index=False)
@@ -74,7 +100,9 @@ def test_probabilities_are_those_of_a_plain_pass(session, asked):
         logits = model(**model_inputs(asked.batch), use_cache=False).logits[0].float()
     for place, token in enumerate(asked.tokens):
         expected = logits[asked.prompt + place - 1].softmax(-1)
-        assert token.id == int(expected.argmax()) and token.probability == pytest.approx(float(expected.max()), abs=1e-4)
+        assert token.id == int(expected.argmax()) and token.probability == pytest.approx(
+            float(expected.max()), abs=1e-4
+        )
     assert asked.batch["input_ids"][0, asked.prompt :].tolist() == [token.id for token in asked.tokens]
 
 
@@ -82,26 +110,38 @@ def test_where_a_token_looked_is_eagers_row_of_the_position_before_it(session, a
     subject = session.subject("toy/first")
     subject.model.set_attn_implementation("eager")
     with torch.no_grad():
-        attentions = subject.model(**model_inputs(asked.batch), output_attentions=True, use_cache=False).attentions
+        attentions = subject.model(
+            **model_inputs(asked.batch), output_attentions=True, use_cache=False
+        ).attentions
     subject.model.set_attn_implementation("sdpa")
     for index in (0, 2):
-        expected = torch.stack([layer[0, :, asked.prompt + index - 1][:, asked.batch["visual_mask"][0]] for layer in attentions])
+        expected = torch.stack(
+            [layer[0, :, asked.prompt + index - 1][:, asked.batch["visual_mask"][0]] for layer in attentions]
+        )
         weights = widgets.looked(subject, asked, index)
         assert torch.allclose(weights, expected, atol=1e-4)
     look = Look(asked.tokens[2], weights, layer=2, head=3)
     assert np.allclose(look.percent(asked.views[0]), 100 * expected[1, 2].reshape(5, 5), atol=0.01)
-    assert np.allclose(Look(asked.tokens[2], weights, layer=2).percent(asked.views[0]), 100 * expected[1].mean(0).reshape(5, 5), atol=0.01)
+    assert np.allclose(
+        Look(asked.tokens[2], weights, layer=2).percent(asked.views[0]),
+        100 * expected[1].mean(0).reshape(5, 5),
+        atol=0.01,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_asked_and_looked_at(family):
     subject = Subject(family, *tiny(family))
-    picture = Picture(Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)), "noise")
+    picture = Picture(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)), "noise"
+    )
     heard = []
     asked = widgets.ask(subject, picture, "what is here ?", heard.append, max_new_tokens=2)
     visual = int(asked.batch["visual_mask"].sum())
     weights = widgets.looked(subject, asked, len(heard) - 1)
-    assert tuple(heard) == asked.tokens and weights.shape[-1] == visual == sum(rows * columns for _, rows, columns, _ in asked.views)
+    assert tuple(heard) == asked.tokens and weights.shape[-1] == visual == sum(
+        rows * columns for _, rows, columns, _ in asked.views
+    )
     figure = widgets.overlay_figure(picture.image, asked.views[-1], Look(heard[-1], weights))
     assert figure.data[0].z.shape == asked.views[-1][1:3]
 
@@ -109,9 +149,14 @@ def test_every_family_can_be_asked_and_looked_at(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_the_lens_does_not_show_is_the_rest_of_its_distribution(family):
     subject = Subject(family, *tiny(family))
-    batch = subject.batch([Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))], "what is here ?")
+    batch = subject.batch(
+        [Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))],
+        "what is here ?",
+    )
     tokenizer = subject.processor.tokenizer
-    words = int(widgets.readable_tokens(tokenizer, subject.model.get_output_embeddings().weight.shape[0]).sum())
+    words = int(
+        widgets.readable_tokens(tokenizer, subject.model.get_output_embeddings().weight.shape[0]).sum()
+    )
     lens = widgets.logit_lens(subject, batch, layers=[0, 1], top=words)  # every word that can be shown
     expected = 1 - lens.groupby(["layer", "patch"]).probability.sum().to_numpy().reshape(2, -1)
     found = widgets.special_share(subject, batch)
@@ -120,17 +165,30 @@ def test_what_the_lens_does_not_show_is_the_rest_of_its_distribution(family):
 
 def test_special_tokens_that_hold_the_probability_are_said():
     words = pd.DataFrame([(0, 1, "red", 0.5)], columns=["patch", "rank", "token", "cosine"])
-    lens = pd.DataFrame([(0, 0, 1, "red", 0.0125)], columns=["layer", "patch", "rank", "token", "probability"])
+    lens = pd.DataFrame(
+        [(0, 0, 1, "red", 0.0125)], columns=["layer", "patch", "rank", "token", "probability"]
+    )
     page = widgets.spoken_html(Spoken(words, lens, torch.tensor([[0.98]])), 0, [(0, 1, 1, ())])
-    assert "not shown: special tokens" in page and page.count("98%") == 1 and page.index("98%") > page.index("red 1%")
+    assert (
+        "not shown: special tokens" in page
+        and page.count("98%") == 1
+        and page.index("98%") > page.index("red 1%")
+    )
 
 
 def test_unknown_words_are_named(session):
     tokenizer = session.subject("toy/first").processor.tokenizer
     asked = "what weather in Paris , red circle , Paris"
-    expected = [word for word in dict.fromkeys(asked.split()) if tokenizer.convert_tokens_to_ids(word) == tokenizer.unk_token_id]
+    expected = [
+        word
+        for word in dict.fromkeys(asked.split())
+        if tokenizer.convert_tokens_to_ids(word) == tokenizer.unk_token_id
+    ]
     assert {"weather", "Paris"} <= set(expected) and not {"red", "circle"} & set(expected)
-    assert widgets.unknown_words(tokenizer, asked) == expected and widgets.unknown_words(tokenizer, "count red circle") == []
+    assert (
+        widgets.unknown_words(tokenizer, asked) == expected
+        and widgets.unknown_words(tokenizer, "count red circle") == []
+    )
     assert widgets.unknown_words(SimpleNamespace(unk_token_id=None), asked) == []
     pair = widgets.Pair(session, Work(lambda: []))
     widgets.ask_pair(pair, ["toy/first", EMBEDDED], widgets.drawn(1), "where weather circle")
@@ -143,27 +201,53 @@ def test_the_first_choice_is_a_plain_and_an_aligned_run():
     kinds = ("blind", "other_image", "plain", "stage1", "viral")
     runs = [f"scenes_quick/seed{seed}/{kind}" for seed in range(2) for kind in kinds]
     assert widgets.first_two([*runs, EMBEDDED]) == ["scenes_quick/seed0/plain", "scenes_quick/seed0/viral"]
-    assert widgets.first_two([name for name in [*runs, EMBEDDED] if name != runs[4]]) == ["scenes_quick/seed0/plain", "scenes_quick/seed1/viral"]
-    assert widgets.first_two(["blind", "one", "two", EMBEDDED]) == ["one", "two"] and widgets.first_two(["blind", "viral"]) == ["viral", "blind"]
+    assert widgets.first_two([name for name in [*runs, EMBEDDED] if name != runs[4]]) == [
+        "scenes_quick/seed0/plain",
+        "scenes_quick/seed1/viral",
+    ]
+    assert widgets.first_two(["blind", "one", "two", EMBEDDED]) == ["one", "two"] and widgets.first_two(
+        ["blind", "viral"]
+    ) == ["viral", "blind"]
     chosen = SimpleNamespace(names=[*runs, EMBEDDED])
-    assert [widgets.checkpoint_choice(chosen, "run", place=place).value for place in (0, 1)] == widgets.first_two(chosen.names)
+    assert [
+        widgets.checkpoint_choice(chosen, "run", place=place).value for place in (0, 1)
+    ] == widgets.first_two(chosen.names)
 
 
 def test_a_patch_is_drawn_where_its_view_lies():
-    view = (4, 2, 3, (0.25, 0.5, 1.0, 1.0))  # four tokens before it, 2 x 3 patches of the picture's lower right
+    view = (
+        4,
+        2,
+        3,
+        (0.25, 0.5, 1.0, 1.0),
+    )  # four tokens before it, 2 x 3 patches of the picture's lower right
     (frame,) = widgets.patch_frame(Image.new("RGB", (80, 40)), view, 4 + 5)
     assert [frame[name] for name in ("x0", "x1", "y0", "y1")] == [60, 80, 30, 40]
-    assert widgets.patch_frame(Image.new("RGB", (80, 40)), view, 3) == [] == widgets.patch_frame(Image.new("RGB", (80, 40)), view, 10)
+    assert (
+        widgets.patch_frame(Image.new("RGB", (80, 40)), view, 3)
+        == []
+        == widgets.patch_frame(Image.new("RGB", (80, 40)), view, 10)
+    )
 
 
 def test_differing_answers_are_counted_as_by_hand(session, runs):
     answers = widgets.both_answers(session, ["toy/first", "toy/second"])
-    lines = [[json.loads(line) for line in (runs / name / "answers.jsonl").read_text().splitlines()] for name in ("toy/first", "toy/second")]
+    lines = [
+        [json.loads(line) for line in (runs / name / "answers.jsonl").read_text().splitlines()]
+        for name in ("toy/first", "toy/second")
+    ]
     for category in (widgets.EVERY, "count", "where"):
         table, said = widgets.differing(answers, category)
-        expected = [index for index, (one, two) in enumerate(zip(*lines))
-                    if one["answer"] != two["answer"] and category in (widgets.EVERY, one["category"])]  # fmt: skip
-        assert table.record.tolist() == expected and said.startswith(f"{len(expected)} of ") and f"first is right in {len(expected)}" in said
+        expected = [
+            index
+            for index, (one, two) in enumerate(zip(*lines))
+            if one["answer"] != two["answer"] and category in (widgets.EVERY, one["category"])
+        ]
+        assert (
+            table.record.tolist() == expected
+            and said.startswith(f"{len(expected)} of ")
+            and f"first is right in {len(expected)}" in said
+        )
 
 
 def test_answers_to_other_questions_are_refused(runs, tmp_path):
@@ -181,7 +265,10 @@ def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
     copy = shutil.copytree(runs, tmp_path / "runs")
     outside = shutil.copytree(runs / "toy" / "first", tmp_path / "outside" / "run")
     (copy / "linked").symlink_to(outside)
-    for name, records in (("first", "../../outside/secret.jsonl"), ("second", str(runs / "data" / "test.jsonl"))):
+    for name, records in (
+        ("first", "../../outside/secret.jsonl"),
+        ("second", str(runs / "data" / "test.jsonl")),
+    ):
         save_json({"data": "runs/data"}, copy / "toy" / name / "config.json")
         save_json({"records": records}, copy / "toy" / name / "scores.json")
     session = Session(copy)
@@ -202,18 +289,26 @@ def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
 
 @pytest.mark.parametrize("served", ["runs", "runs/toy"])
 def test_data_are_found_from_whichever_folder_is_served(runs, tmp_path, monkeypatch, served):
-    "The config names them from the repository; the folder that is served may be runs/, or one experiment in it."
+    """The config names them from the repository; the folder that is served may be runs/, or one
+    experiment in it."""
     copy = shutil.copytree(runs, tmp_path / "runs")
     monkeypatch.chdir(tmp_path / "runs" / "data")
     session = Session(tmp_path / served)
     name = "toy/first" if served == "runs" else "first"
-    assert session.records(name).image_folder == copy / "data" and widgets.recorded(session.records(name), 0).known
+    assert (
+        session.records(name).image_folder == copy / "data"
+        and widgets.recorded(session.records(name), 0).known
+    )
 
 
 def test_data_named_in_other_ways(runs, tmp_path, monkeypatch):
     run = shutil.copytree(runs / "toy" / "first", tmp_path / "deep" / "first")
     monkeypatch.chdir(runs.parent)
-    for name, expected in ((str(runs / "data"), runs / "data"), ("runs/data", runs / "data"), ("./runs/../runs/data", runs / "data")):
+    for name, expected in (
+        (str(runs / "data"), runs / "data"),
+        ("runs/data", runs / "data"),
+        ("./runs/../runs/data", runs / "data"),
+    ):
         save_json({"data": name}, run / "config.json")
         assert widgets.data_of(run) == expected
     for config in ({}, {"data": "runs/nowhere"}, {"data": str(tmp_path / "nowhere")}):
@@ -229,8 +324,14 @@ def test_uploads_pass_the_check_of_every_picture():
         return content.getvalue()
 
     assert widgets.uploaded("good.png", file("PNG")).image.size == (6, 4)
-    for content, words in ((b"", "not in a format"), (b"<svg/>", "not in a format"), (file("PNG")[:40], "good.png"), (file("ICO"), "not in a format"),
-                           (file("PNG", (6000, 5000)), "the limit is"), (bytes(11 * 2**20), "at most 10 MiB")):  # fmt: skip
+    for content, words in (
+        (b"", "not in a format"),
+        (b"<svg/>", "not in a format"),
+        (file("PNG")[:40], "good.png"),
+        (file("ICO"), "not in a format"),
+        (file("PNG", (6000, 5000)), "the limit is"),
+        (bytes(11 * 2**20), "at most 10 MiB"),
+    ):
         with pytest.raises(InputError) as caught:
             widgets.uploaded("good.png", content)
         assert words in str(caught.value) and "/tmp" not in str(caught.value)
@@ -241,11 +342,20 @@ def test_no_text_of_a_model_or_a_file_is_read_as_a_page(session, asked):
     lens = pd.DataFrame([(0, 0, 1, HOSTILE, 0.5)], columns=["layer", "patch", "rank", "token", "probability"])
     panel = widgets.Panel(print, print)
     panel.begin(HOSTILE, HOSTILE)
-    widgets.show_answer(SimpleNamespace(finish=print, unknown=panel.unknown), session.subject("toy/first"), SimpleNamespace(question=HOSTILE))
+    widgets.show_answer(
+        SimpleNamespace(finish=print, unknown=panel.unknown),
+        session.subject("toy/first"),
+        SimpleNamespace(question=HOSTILE),
+    )
     work = Work(lambda: [])
     work.say(HOSTILE)
     title = Look(Token(1, HOSTILE, 0.5), torch.ones(1, 1, 1)).title
-    for page in (widgets.spoken_html(Spoken(words, lens, torch.zeros(1, 1)), 0, [(0, 1, 1, ())]), panel.heading.value, work.message.value, title):
+    for page in (
+        widgets.spoken_html(Spoken(words, lens, torch.zeros(1, 1)), 0, [(0, 1, 1, ())]),
+        panel.heading.value,
+        work.message.value,
+        title,
+    ):
         assert "<img" not in page and "&lt;img" in page
     assert "&lt;" in panel.unknown.value and "<img" not in panel.unknown.value
 
@@ -264,7 +374,9 @@ def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeyp
     app.work.thread.join()
     first, second = app.pair.panels
     assert "RuntimeError: out of memory, say" in app.work.message.value and first.asked and not second.asked
-    assert not any(control.disabled for control in app.controls()) and len(app.pair.buttons()) == len(first.asked.tokens)
+    assert not any(control.disabled for control in app.controls()) and len(app.pair.buttons()) == len(
+        first.asked.tokens
+    )
     monkeypatch.undo()
     app.button.click()
     app.work.thread.join()
@@ -272,7 +384,8 @@ def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeyp
 
 
 def test_controls_are_disabled_while_something_goes_on():
-    button, seen = SimpleNamespace(disabled=False), []
+    button = SimpleNamespace(disabled=False)
+    seen = []
     work = Work(lambda: [button])
     work.start("busy ...", lambda: time.sleep(0.2) or seen.append(button.disabled))
     work.start("dropped, as another wish comes ...", seen.append, "the second")
@@ -282,10 +395,15 @@ def test_controls_are_disabled_while_something_goes_on():
 
 
 def test_without_any_run_there_is_the_embedded_model(tmp_path):
-    app, both = Ask(Session(tmp_path)), Compare(Session(tmp_path))
+    app = Ask(Session(tmp_path))
+    both = Compare(Session(tmp_path))
     for work in (app.work, both.work):
         work.thread.join()
-    assert app.first.value == EMBEDDED and "Ready" in app.work.message.value and "two different finished runs" in both.work.message.value
+    assert (
+        app.first.value == EMBEDDED
+        and "Ready" in app.work.message.value
+        and "two different finished runs" in both.work.message.value
+    )
     app.pair.begin([EMBEDDED])
     assert "never trained" in app.pair.panels[0].heading.value
 
@@ -301,12 +419,16 @@ def test_a_picture_of_a_runs_data_brings_its_questions(session):
 
 def test_applications_are_stored_small_and_without_outputs():
     for path in sorted((ROOT / "nbs" / "apps").glob("*.ipynb")):
-        assert path.stat().st_size < 5000 and not any(cell.get("outputs") for cell in nbformat.read(path, 4).cells)
+        assert path.stat().st_size < 5000 and not any(
+            cell.get("outputs") for cell in nbformat.read(path, 4).cells
+        )
 
 
 def test_the_applications_listen_on_this_machine_only(capsys):
     command, _ = apps.voila_command(8866, browser=False)
-    assert [word for word in command if "ip=" in word] == ["--Voila.ip=127.0.0.1"] and "--Voila.auto_token=True" in command
+    assert [word for word in command if "ip=" in word] == [
+        "--Voila.ip=127.0.0.1"
+    ] and "--Voila.auto_token=True" in command
     with pytest.raises(SystemExit):
         apps.main(["--ip", "0.0.0.0"])
     assert "--ip" in capsys.readouterr().err
@@ -323,29 +445,59 @@ def browser():
 
 @pytest.fixture(scope="module")
 def lab(runs, browser, tmp_path_factory):
-    folder, port = tmp_path_factory.mktemp("lab"), free_port()
+    folder = tmp_path_factory.mktemp("lab")
+    port = free_port()
     shutil.copytree(ROOT / "nbs" / "apps", folder / "nbs" / "apps")  # JupyterLab saves what it shows
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder / 'nbs'}"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={folder / 'nbs'}",
+    ]
     address = f"http://127.0.0.1:{port}"
-    with served([COMMANDS / "jupyter", "lab", *options], f"{address}/api", folder, JUPYTER_TOKEN="only-here", ALIGNED_MLLM_RUNS=str(runs)):
+    with served(
+        [COMMANDS / "jupyter", "lab", *options],
+        f"{address}/api",
+        folder,
+        JUPYTER_TOKEN="only-here",
+        ALIGNED_MLLM_RUNS=str(runs),
+    ):
         yield address
 
 
 @pytest.fixture(scope="module")
 def voila(runs, browser, tmp_path_factory):
     port = free_port()
-    command, folder = [sys.executable, "-m", "aligned_mllm.apps", "--no-browser", "--port", str(port), "--runs", str(runs)], tmp_path_factory.mktemp("voila")
+    command = [
+        sys.executable,
+        "-m",
+        "aligned_mllm.apps.serve",
+        "--no-browser",
+        "--port",
+        str(port),
+        "--runs",
+        str(runs),
+    ]
+    folder = tmp_path_factory.mktemp("voila")
     with served(command, f"http://127.0.0.1:{port}/voila/", folder, JUPYTER_TOKEN="only-here"):
         yield f"http://127.0.0.1:{port}"
     log = (folder / "server.log").read_text()
-    assert "Culling kernels with idle durations > 300 seconds at 60 second intervals" in log and "nrecognized" not in log, log[-2000:]
+    assert (
+        "Culling kernels with idle durations > 300 seconds at 60 second intervals" in log
+        and "nrecognized" not in log
+    ), log[-2000:]
 
 
 class Window:
     "A page with a widget in it, as a person uses it."
 
     def __init__(self, browser, name: str):
-        self.page, self.name, self.problems, self.requests = browser.new_page(viewport={"width": 1280, "height": 800}), name, [], []
+        self.page = browser.new_page(viewport={"width": 1280, "height": 800})
+        self.name = name
+        self.problems = []
+        self.requests = []
         self.page.set_default_timeout(60_000)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -360,10 +512,15 @@ class Window:
 
     def says(self, words: str) -> None:
         "Wait until the widget's message has these words."
-        self.page.wait_for_function("words => [...document.querySelectorAll('.aligned-message')].some(e => e.textContent.includes(words))", arg=words)
+        self.page.wait_for_function(
+            "words => [...document.querySelectorAll('.aligned-message')].some(e => e.textContent.includes(words))",
+            arg=words,
+        )
 
     def choose(self, label: str, option: str) -> None:
-        self.page.locator(".widget-dropdown", has=self.page.get_by_text(label, exact=True)).locator("select").select_option(label=option)
+        self.page.locator(".widget-dropdown", has=self.page.get_by_text(label, exact=True)).locator(
+            "select"
+        ).select_option(label=option)
 
     def press(self, label: str) -> None:
         self.page.get_by_role("button", name=label, exact=True).click()
@@ -376,7 +533,11 @@ class Window:
 
     def drawn(self, index: int) -> str:
         "The numbers under a panel's picture, as the page has drawn them."
-        return self.panel(index).locator(".js-plotly-plot").evaluate("figure => JSON.stringify(figure.calcdata[0][0].z)")
+        return (
+            self.panel(index)
+            .locator(".js-plotly-plot")
+            .evaluate("figure => JSON.stringify(figure.calcdata[0][0].z)")
+        )
 
     def slide(self, key: str) -> float:
         "Press a key on the layer slider; milliseconds until the first panel's figure has been drawn anew."
@@ -403,12 +564,18 @@ def use_ask(window: Window, timings: dict) -> None:
     window.press("Ask")
     window.says("Click a token")
     answers = [window.tokens(0), window.tokens(1)]
-    assert all(answers) and all("%" in text for answer in answers for text in answer) and answers[0] != answers[1]
+    assert (
+        all(answers)
+        and all("%" in text for answer in answers for text in answer)
+        and answers[0] != answers[1]
+    )
     keep(page, f"{window.name}_1_answered")
     page.locator(".aligned-panel").first.scroll_into_view_if_needed()
     assert "click a token" in window.panel(0).text_content() and set(json.loads(window.drawn(0))[0]) == {0}
     window.panel(0).locator(".aligned-token").first.click()
-    page.wait_for_function("() => document.querySelector('.aligned-panel').textContent.includes('looked, in layer 1, mean of heads')")
+    page.wait_for_function(
+        "() => document.querySelector('.aligned-panel').textContent.includes('looked, in layer 1, mean of heads')"
+    )
     before = window.drawn(0)
     assert np.array(json.loads(before)).shape == (5, 5) and np.array(json.loads(before)).sum() > 0
     keep(page, f"{window.name}_2_looked")
@@ -421,7 +588,11 @@ def use_ask(window: Window, timings: dict) -> None:
     picture.click(position=place, force=True)
     page.wait_for_function("() => document.querySelectorAll('.aligned-patch').length === 2")
     said = window.panel(0).locator(".aligned-patch").text_content()
-    assert "Patch 12 (row 3, column 2)" in said and "nearest words" in said and window.panel(0).locator(".aligned-patch tr").count() == 1 + 7
+    assert (
+        "Patch 12 (row 3, column 2)" in said
+        and "nearest words" in said
+        and window.panel(0).locator(".aligned-patch tr").count() == 1 + 7
+    )
     keep(page, f"{window.name}_3_patch")
     window.choose("checkpoint", EMBEDDED)
     window.panel(0).get_by_text(EMBEDDED).wait_for()
@@ -437,7 +608,9 @@ def use_ask(window: Window, timings: dict) -> None:
     assert window.tokens(0) and window.tokens(0) != answers[0]
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     (ARTEFACTS / f"{window.name}_timings.json").write_text(json.dumps(timings))
-    assert min(timings["slider_ms"]) <= 200, timings  # the best of eight: other work on the machine is not the widget's
+    assert min(timings["slider_ms"]) <= 200, (
+        timings
+    )  # the best of eight: other work on the machine is not the widget's
     assert window.problems == [] and statistics.median(timings["slider_ms"]) < 2000
 
 
@@ -457,7 +630,8 @@ def test_the_first_page_leads_to_both_applications_and_asks_nobody_else(browser,
     with Window(browser, "start") as window:
         window.page.goto(f"{voila}/?token=only-here")
         assert [link.get_attribute("href") for link in window.page.locator("a").all()] == [
-            f"/voila/render/{name}.ipynb?token=only-here" for name in ("ask", "compare")]  # fmt: skip
+            f"/voila/render/{name}.ipynb?token=only-here" for name in ("ask", "compare")
+        ]
         keep(window.page, "start_1")
         for name in ("Compare two runs", "Ask a checkpoint"):
             window.page.get_by_role("link", name=name).click()
@@ -466,7 +640,9 @@ def test_the_first_page_leads_to_both_applications_and_asks_nobody_else(browser,
             window.page.get_by_role("heading", name="aligned_mllm").wait_for()
         window.page.goto(f"{voila}/voila/tree/nowhere")
         window.page.goto(f"{voila}/voila/tree?classic-tree=true")
-        assert window.requests and all(url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests), window.requests
+        assert window.requests and all(
+            url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests
+        ), window.requests
 
 
 def test_ask_as_an_application(browser, voila):
@@ -478,8 +654,12 @@ def test_ask_as_an_application(browser, voila):
         window.page.set_viewport_size({"width": 480, "height": 900})
         window.page.wait_for_timeout(300)
         keep(window.page, "voila_5_narrow")
-        assert window.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than a narrow window"
-        assert all(url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests), "a request left the machine"
+        assert window.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+            "wider than a narrow window"
+        )
+        assert all(
+            url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests
+        ), "a request left the machine"
 
 
 def test_compare_as_an_application(browser, voila, session):
@@ -490,13 +670,19 @@ def test_compare_as_an_application(browser, voila, session):
         table, said = widgets.differing(widgets.both_answers(session, ["toy/first", "toy/second"]))
         assert lines == len(table) and said in window.page.text_content("body")
         window.choose("type", "count")
-        window.page.wait_for_function("lines => document.querySelectorAll('.widget-select option').length < lines", arg=lines)
+        window.page.wait_for_function(
+            "lines => document.querySelectorAll('.widget-select option').length < lines", arg=lines
+        )
         window.press("Look inside")
         window.says("the sliders move both")
-        window.page.wait_for_function("() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 1'))")
+        window.page.wait_for_function(
+            "() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 1'))"
+        )
         before = [window.drawn(0), window.drawn(1)]
         window.slide("ArrowRight")
-        window.page.wait_for_function("() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 2'))")
+        window.page.wait_for_function(
+            "() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 2'))"
+        )
         assert window.drawn(0) != before[0] and window.drawn(1) != before[1]
         keep(window.page, "compare_1")
         window.page.get_by_text("Visual tokens as pictures").scroll_into_view_if_needed()
@@ -506,6 +692,7 @@ def test_compare_as_an_application(browser, voila, session):
 
 def test_the_application_gives_nothing_away(voila):
     "Neither a page without the token, nor a file, nor the list of notebooks to whoever has no token."
+
     def status(path: str) -> int:
         try:
             with urllib.request.urlopen(f"{voila}{path}", timeout=20) as answer:
