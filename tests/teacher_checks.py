@@ -171,7 +171,7 @@ def masked(teacher: Teacher) -> str:
         "view_of": torch.tensor([0]),
         "boxes": torch.tensor([box]),
         "grids": torch.tensor([grid]),
-        "teacher_pixels": [seen],
+        "view_pixels": {"viral": [seen]},
     }
     features, keep = Targets(teacher)(batch)
     wanted = torch.tensor([4 <= row < 20 for row in range(24) for _ in range(24)])

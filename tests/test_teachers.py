@@ -436,7 +436,9 @@ def batch_of(teacher: Teacher, views: list[tuple], images: dict[str, Image.Image
         "view_of": torch.tensor([names.index(name) for name, _, _ in views]),
         "boxes": torch.tensor([box for _, box, _ in views]),
         "grids": torch.tensor([grid for _, _, grid in views]),
-        "teacher_pixels": [teacher.pixels_of_view(images[name], box, grid) for name, box, grid in views],
+        "view_pixels": {
+            "viral": [teacher.pixels_of_view(images[name], box, grid) for name, box, grid in views]
+        },
     }
 
 
@@ -464,7 +466,7 @@ def test_targets_of_mixed_views(folders):
     values, keep = targets(batch)
     assert sorted(asked[0]) == [(42, 84), (42, 84), (84, 84), (84, 84)]  # five views, four different
     assert values.shape == (36 + 36 + 18 + 36 + 18, 32) and torch.equal(values[:36], values[90:126])
-    assert torch.allclose(values[72:90], features(batch["teacher_pixels"][2][None])[0], atol=1e-5)
+    assert torch.allclose(values[72:90], features(batch["view_pixels"]["viral"][2][None])[0], atol=1e-5)
     shown = [False] * 12 + [True] * 12 + [False] * 12
     assert keep.tolist() == shown + [True] * 54 + shown + [True] * 18
     assert torch.equal(targets(batch)[0], values) and asked[1:] in ([], [[]])
@@ -473,7 +475,7 @@ def test_targets_of_mixed_views(folders):
         "grids": torch.zeros(0, 2).long(),
         "boxes": torch.zeros(0, 4),
         "view_of": torch.zeros(0).long(),
-        "teacher_pixels": [],
+        "view_pixels": {"viral": []},
     }
     assert [tuple(part.shape) for part in targets(empty)] == [(0, 32), (0,)]
 
@@ -568,7 +570,9 @@ def test_cache_gives_what_was_put_and_only_that(teachers, pictures, tmp_path):
     again = FeatureCache(folder, teacher)
     other = {
         **batch,
-        "teacher_pixels": [torch.full_like(pixels, torch.nan) for pixels in batch["teacher_pixels"]],
+        "view_pixels": {
+            "viral": [torch.full_like(pixels, torch.nan) for pixels in batch["view_pixels"]["viral"]]
+        },
     }  # not looked at
     values, keep = Targets(teacher, disk=again, image_folder=pictures)(other)
     assert (

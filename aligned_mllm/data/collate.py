@@ -8,7 +8,7 @@ __all__ = ['PER_TOKEN', 'IGNORED', 'messages_of', 'answer_spans', 'expanded_plac
 
 # %% ../../nbs/lib/data/20_collate.ipynb #d98d2b35
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -203,8 +203,8 @@ class Samples(Dataset):
         processor,  # of a family in data.views.LAYOUTS, with a chat template
         with_images: bool = True,  # False: blind
         with_last_answer: bool = True,  # False: prompts to be answered
-        teacher_pixels: Callable[[Image.Image, tuple, tuple], Tensor]
-        | None = None,  # a teacher's `pixels_of_view`: image, box, grid to (3, height, width)
+        # for each objective that asks, a teacher's `pixels_of_view`: image, box, grid to (3, height, width)
+        view_pixels: dict[str, Callable[[Image.Image, tuple, tuple], Tensor]] | None = None,
         max_length: int | None = None,  # longest sample in tokens
         first_records: int = 0,  # use only so many records; 0 uses all
         cache_mib: int = 1024,  # memory for encoded samples
@@ -213,7 +213,7 @@ class Samples(Dataset):
         self.processor = processor
         self.with_images = with_images
         self.with_last_answer = with_last_answer
-        self.teacher_pixels = teacher_pixels
+        self.view_pixels = view_pixels or {}
         self.max_length = max_length
         self.room = cache_mib * 2**20
         self.cache = {}
@@ -234,20 +234,30 @@ class Samples(Dataset):
         if self.max_length is not None:
             sample = truncated(sample, self.max_length, record)
         sample |= {"image_names": list(names), "index": torch.tensor([index])}
-        if self.teacher_pixels is not None and images:
-            views = zip(sample["view_of"].tolist(), sample["boxes"].tolist(), sample["grids"].tolist())
-            sample["teacher_pixels"] = [
-                self.teacher_pixels(images[image], tuple(box), tuple(grid)) for image, box, grid in views
-            ]
-        size = sum(
-            value.nbytes
-            for value in [*sample.values(), *sample.get("teacher_pixels", ())]
-            if isinstance(value, Tensor)
-        )
+        if self.view_pixels and images:
+            sample["view_pixels"] = self._pixels_of_views(sample, images)
+        size = _bytes_of(sample)
         if size <= self.room:
             self.cache[index] = sample
             self.room = self.room - size
         return sample
+
+    def _pixels_of_views(self, sample: dict, images: list) -> dict[str, list[Tensor]]:
+        "For each objective that asks, the pixels of every view of the sample."
+        places = zip(sample["view_of"].tolist(), sample["boxes"].tolist(), sample["grids"].tolist())
+        views = [(images[image], tuple(box), tuple(grid)) for image, box, grid in places]
+        return {label: [pixels(*view) for view in views] for label, pixels in self.view_pixels.items()}
+
+# %% ../../nbs/lib/data/20_collate.ipynb #b7e5sz01
+def _bytes_of(
+    value,  # a tensor, or lists and dicts that hold some
+) -> int:
+    "The memory of all tensors in a value."
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = value.values()
+    return sum(map(_bytes_of, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
 
 # %% ../../nbs/lib/data/20_collate.ipynb #14e7c74b
 def lengths_of(
@@ -330,9 +340,14 @@ class Collator:
             for name, fill in fills.items()
         }
         batch["attention_mask"] = torch.stack([padded(ones, 0) for ones in real])
-        for name in sorted({"image_names", "teacher_pixels"} & names):
-            batch[name] = [item for sample in samples for item in sample.get(name, ())]
-        for name in sorted(names - set(fills) - {"image_names", "view_of", "teacher_pixels"}):
+        if "image_names" in names:
+            batch["image_names"] = [name for sample in samples for name in sample.get("image_names", ())]
+        if "view_pixels" in names:
+            batch["view_pixels"] = {}
+            for sample in samples:
+                for label, pixels in sample.get("view_pixels", {}).items():
+                    batch["view_pixels"].setdefault(label, []).extend(pixels)
+        for name in sorted(names - set(fills) - {"image_names", "view_of", "view_pixels"}):
             batch[name] = stacked([sample[name] for sample in samples if name in sample])
         shift = 0
         batch["view_of"] = []
@@ -355,7 +370,7 @@ def model_inputs(
         "boxes",
         "view_of",
         "image_names",
-        "teacher_pixels",
+        "view_pixels",
         "targets",
         "keep",
         "index",

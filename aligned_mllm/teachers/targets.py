@@ -86,13 +86,14 @@ def whole_pictures(
     names: list[str],  # I image names
     pixels: Tensor | list[Tensor],  # the teacher's pixels of each
     grid: tuple[int, int],  # rows and columns of the student's visual tokens
+    label: str = "viral",  # the objective that the pixels are for
 ) -> dict:
     """The batch entries of pictures that are each one view, seen whole: what a student that squeezes
     pictures into its square sees."""
     count = len(names)
     return {
         "image_names": list(names),
-        "teacher_pixels": list(pixels),
+        "view_pixels": {label: list(pixels)},
         "grids": torch.tensor([tuple(grid)] * count).view(count, 2),
         "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]] * count).view(count, 4),
         "view_of": torch.arange(count),
@@ -113,6 +114,7 @@ class Targets:
         mean_grid: tuple[int, int] | None = None,  # rows and columns of the mean; None: square
         disk=None,  # a FeatureCache, for features that outlive the run
         image_folder: str | Path | None = None,  # where the pictures lie, for the disk cache
+        label: str = "viral",  # the objective whose pixels in batch["view_pixels"] the teacher sees
     ):
         if kind not in TARGETS:
             raise InputError(
@@ -135,6 +137,7 @@ class Targets:
         self.mean = mean
         self.disk = disk
         self.folder = image_folder
+        self.label = label
         self.cache = {}
         self.room = cache_mib * 2**20
         self.place = lru_cache(65536)(partial(path_inside, image_folder))
@@ -157,7 +160,7 @@ class Targets:
 # %% ../../nbs/lib/teachers/20_targets.ipynb #c38cbcea
 def features_of_views(
     targets: "Targets",  # whose teacher and caches to use
-    batch: dict,  # with teacher_pixels: W tensors (3, height, width)
+    batch: dict,  # with view_pixels[targets.label]: W tensors (3, height, width)
 ) -> list[Tensor]:
     """The teacher's features of each view on the student's grid: from memory or disk (on the CPU), or
     fresh, on the teacher's own device."""
@@ -170,7 +173,8 @@ def features_of_views(
         found |= {view: disk.get(targets.place(view[0]), *view[1:]) for view in new}
     missing = {view: index for index, view in enumerate(views) if found[view] is None}
     grids = {grid: teacher.plan(grid)["teacher_grid"] for _, _, grid in missing}
-    seen = teacher.features([batch["teacher_pixels"][index] for index in missing.values()])
+    pixels = batch["view_pixels"][targets.label] if missing else []
+    seen = teacher.features([pixels[index] for index in missing.values()])
     found |= {view: on_grid(values, grids[view[2]], view[2]) for view, values in zip(missing, seen)}
     if disk is not None:
         for view in missing:

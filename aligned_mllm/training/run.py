@@ -517,7 +517,7 @@ def trainer_of(
         p.numel() * 8 for p in model.parameters() if p.requires_grad
     )
     require_space(output, (config.save_total_limit or 2) * need + 2**26)
-    view = teacher.pixels_of_view if teacher is not None else None
+    view_pixels = {"viral": teacher.pixels_of_view} if teacher is not None else {}
     common = {"with_images": config.with_images, "max_length": config.max_length or None}
     evaluation = None
     if config.evaluation_records:
@@ -528,7 +528,7 @@ def trainer_of(
         data_collator=Collator(processor.tokenizer.pad_token_id),
         eval_dataset=evaluation,
         train_dataset=Samples(
-            records, processor, teacher_pixels=view, first_records=config.first_records, **common
+            records, processor, view_pixels=view_pixels, first_records=config.first_records, **common
         ),
         processing_class=processor,
         callbacks=[RunFolder()],
