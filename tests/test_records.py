@@ -11,17 +11,15 @@ import pytest
 from PIL import Image
 
 from aligned_mllm.core import InputError
+from aligned_mllm.data.images import open_image, to_rgb
+from aligned_mllm.data.json_spans import ArrayWindow, array_spans
 from aligned_mllm.data.records import (
-    ArrayWindow,
     Record,
     Records,
     Turn,
-    array_spans,
-    open_image,
     parse_record,
     record_to_json,
     scan_file,
-    to_rgb,
     write_records,
 )
 

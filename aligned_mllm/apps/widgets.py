@@ -37,9 +37,12 @@ from ..analysis.attention import attention_rows
 from ..analysis.lens import logit_lens, nearest_words, readable_tokens, readout
 from ..analysis.subjects import Subject, load_subject
 from ..core import InputError, data_folder, load_json, path_inside
-from ..data.collate import IGNORED, PER_TOKEN, model_inputs
-from ..data.records import Records, open_image
-from ..worlds.scenes import draw, questions, scenes_of
+from ..data.collate import model_inputs
+from ..data.encode import IGNORED, PER_TOKEN
+from ..data.images import open_image
+from ..data.records import Records
+from ..worlds.questions import all_questions
+from ..worlds.scenes import draw, scenes_of
 from ..data.views import layout_of
 from ..analysis.pca import pca_figure, pca_table
 from ..evals.statistics import require_columns
@@ -77,7 +80,7 @@ def drawn(
     scene = scenes_of("test", 1, seed)[0]
     count = Counter()
     ranked = []
-    for item in questions(scene):
+    for item in all_questions(scene):
         ranked.append(
             (
                 item.answer in ("0", "no"),

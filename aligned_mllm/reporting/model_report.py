@@ -25,7 +25,8 @@ from ..analysis.pca import pca_figure, pca_table
 from ..analysis.permutation import permutation_figure, paired_loss, permutation_test
 from ..analysis.subjects import Subject, load_subject
 from ..core import InputError, checksum, load_json, save_json, whole_file
-from ..data.records import Records, open_image, write_records
+from ..data.images import open_image
+from ..data.records import Records, write_records
 from ..evals.task import answers_of
 from .html import html_page, html_plot, html_table
 from ..teachers.vision import Teacher, load_teacher
