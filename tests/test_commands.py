@@ -29,7 +29,7 @@ BAD = {  # for each command words that argparse takes and the command must refus
     "aligned_mllm.evals.task": ["--run", "FILE/nowhere", "--data", "FILE"],
     "aligned_mllm.training.launch": ["--output", "FILE"],
     "aligned_mllm.worlds.train_parts": ["--output", "FILE"],
-    "aligned_mllm.site": ["--root", "FILE/nowhere", "--output", "FILE"],
+    "aligned_mllm.site.build": ["--root", "FILE/nowhere", "--output", "FILE"],
     "aligned_mllm.training.run": [
         "--recipe",
         "scenes_viral",
