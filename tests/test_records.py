@@ -392,7 +392,7 @@ def test_what_is_no_image(folder):
     (folder / "empty.png").touch()
     (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     for name in ("words.png", "empty.png", "script.png"):
-        assert f"image {name!r} in {folder}: not in a format that is read" in message(
+        assert f"image {name!r} in {folder}: not in a supported format" in message(
             open_image, name, folder
         )
     assert "no image 'none.png'" in message(open_image, "none.png", folder)

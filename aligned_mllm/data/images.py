@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'image_path', 'to_rgb', 'open_image']
 
-# %% ../../nbs/lib/data/00_images.ipynb #d1fec3e9
+# %% ../../nbs/lib/data/00_images.ipynb #434dc281
 import os
 import struct
 import zlib
@@ -18,13 +18,13 @@ from ..core import InputError, path_inside
 
 # %% ../../nbs/lib/data/00_images.ipynb #99dc8be2
 def image_path(
-    name: str,  # as a record names it
-    image_folder: str | Path,  # the folder that must not be left
+    name: str,  # relative to the image folder
+    image_folder: str | Path,  # the folder that the path must stay in
 ) -> Path:
-    "The file of an image; raises InputError when it is not there or lies outside the folder."
+    "The path of an image file; raises InputError when it does not exist or lies outside the folder."
     try:
         path = path_inside(image_folder, name)
-    except (RuntimeError, OSError) as error:  # a link that leads to itself
+    except (RuntimeError, OSError) as error:  # a symbolic link to itself
         raise InputError(
             f"image {name!r} cannot be followed ({error})", "a file", "replace the link"
         ) from None
@@ -40,8 +40,8 @@ def image_path(
 def to_rgb(
     image: Image.Image,  # any mode that Pillow reads
 ) -> Image.Image:
-    """The image as RGB: transparency over white, 16-bit grey scaled from 0-65535; raises ValueError for
-    numbers of no fixed range."""
+    """The image as RGB: transparency over white, 16-bit grey scaled from 0-65535. Raises ValueError for
+    pixels without a fixed range."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -53,7 +53,9 @@ def to_rgb(
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 # %% ../../nbs/lib/data/00_images.ipynb #4a793cb9
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's names of the decoders in use
+
+# %% ../../nbs/lib/data/00_images.ipynb #423e67d4
 _DECODER_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError),
     *(struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
@@ -61,12 +63,12 @@ _DECODER_ERRORS = (
 
 # %% ../../nbs/lib/data/00_images.ipynb #4b6db38b
 def open_image(
-    name: str,  # as a record names it
-    image_folder: str | Path,  # the folder that must not be left
-    pixel_limit: int = 89_478_485,  # width x height; Pillow itself only warns here and stops at twice as many
+    name: str,  # relative to the image folder
+    image_folder: str | Path,  # the folder that the path must stay in
+    pixel_limit: int = 89_478_485,  # width x height; Pillow only warns here and stops at twice as many
 ) -> Image.Image:
-    """The image in RGB, turned as its EXIF tag says; raises InputError when it is missing, too large,
-    broken or no image."""
+    """The image in RGB, rotated as its EXIF tag says. Raises InputError when it is missing, too large,
+    broken or not an image."""
     path = image_path(name, image_folder)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -74,11 +76,11 @@ def open_image(
                 raise ValueError(f"{image.width} x {image.height} pixels, the limit is {pixel_limit}")
             return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        came = "not in a format that is read"
+        came = "not in a supported format"
     except _DECODER_ERRORS as error:
         came = f"{type(error).__name__}, {error}" if type(error) not in (ValueError, OSError) else str(error)
     raise InputError(
         f"image {name!r} in {image_folder}: {came}",
-        f"a whole picture ({', '.join(IMAGE_FORMATS)}) of at most {pixel_limit} pixels",
+        f"a complete image ({', '.join(IMAGE_FORMATS)}) of at most {pixel_limit} pixels",
         "replace the file, or leave its record out",
     )

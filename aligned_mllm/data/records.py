@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE', 'Turn', 'Record', 'LeftOut', 'parse_record', 'record_to_json', 'write_records', 'scan_file', 'Records']
 
-# %% ../../nbs/lib/data/06_records.ipynb #da1cfd35
+# %% ../../nbs/lib/data/06_records.ipynb #a5cbd989
 import hashlib
 import json
 import operator
@@ -33,17 +33,15 @@ class Turn:
 
     question: str  # keeps its <image> placeholders, usually "<image>\n..." in the first turn
     answer: str
-    category: str = ""  # the kind of question; empty where the file names none
+    category: str = ""  # the kind of question; empty where the file has none
 
 # %% ../../nbs/lib/data/06_records.ipynb #d4ac2c30
 @dataclass(frozen=True, slots=True)
 class Record:
     "One conversation about zero or more images."
 
-    id: str  # as the file names it; several records may share one (LLaVA's do)
-    images: tuple[
-        str, ...
-    ]  # paths below the image folder, in the order of their placeholders; () for text only
+    id: str  # as in the file; several records may share one (LLaVA's do)
+    images: tuple[str, ...]  # paths relative to the image folder, in the order of their placeholders
     turns: tuple[Turn, ...]
     where: str = field(default="", compare=False)  # file:line
 
@@ -98,7 +96,7 @@ def _parse_turns(
     raw: dict,  # one decoded sample
     place: str,  # begins the message
 ) -> list[tuple[str, str]]:
-    "Questions and answers of a sample, in order; raises InputError naming the turn (counted from 1)."
+    "Questions and answers of a sample, in order; raises InputError with the number of the turn, from 1."
     texts = raw.get("conversations")
     remedy = "correct the sample"
     if not isinstance(texts, list) or not texts:
@@ -107,27 +105,17 @@ def _parse_turns(
         speaker = "human" if number % 2 else "gpt"
         came = turn.get("from") if isinstance(turn, dict) else turn
         if came != speaker:
-            raise InputError(
-                f"{place}: turn {number} is from {str(came)[:40]!r}",
-                f"{speaker!r}, as they alternate",
-                remedy,
-            )
+            fault = f"{place}: turn {number} is from {str(came)[:40]!r}"
+            raise InputError(fault, f"{speaker!r}, as they alternate", remedy)
         if not _is_text(turn.get("value")):
-            raise InputError(
-                f"{place}: turn {number} says {str(turn.get('value'))[:40]!r}",
-                "a string that is not empty",
-                remedy,
-            )
+            fault = f"{place}: turn {number} says {str(turn.get('value'))[:40]!r}"
+            raise InputError(fault, "a string that is not empty", remedy)
         if speaker == "gpt" and IMAGE in turn["value"]:
-            raise InputError(
-                f"{place}: turn {number}, an answer, contains {IMAGE}",
-                "placeholders in human turns only",
-                remedy,
-            )
+            fault = f"{place}: turn {number}, an answer, contains {IMAGE}"
+            raise InputError(fault, "placeholders in human turns only", remedy)
     if len(texts) % 2:
-        raise InputError(
-            f"{place}: turn {len(texts)} has no answer", "an even number of turns", "add it or drop the turn"
-        )
+        fault = f"{place}: turn {len(texts)} has no answer"
+        raise InputError(fault, "an even number of turns", "add it or drop the turn")
     return [(texts[k]["value"], texts[k + 1]["value"]) for k in range(0, len(texts), 2)]
 
 # %% ../../nbs/lib/data/06_records.ipynb #11b46487
@@ -136,17 +124,14 @@ def _parse_categories(
     place: str,  # begins the message
     count: int,  # questions of the sample
 ) -> list[str]:
-    "The category of each question, empty where none is named; raises InputError."
-    categories = raw.get("category")
-    categories = "" if categories is None else categories
-    categories = [categories] * count if isinstance(categories, str) else categories
-    if (
-        not isinstance(categories, list)
-        or len(categories) != count
-        or not all(isinstance(each, str) for each in categories)
-    ):
+    "The category of each question, empty where there is none; raises InputError."
+    found = raw.get("category")
+    found = "" if found is None else found
+    categories = [found] * count if isinstance(found, str) else found
+    valid = isinstance(categories, list) and all(isinstance(each, str) for each in categories)
+    if not valid or len(categories) != count:
         raise InputError(
-            f'{place}: "category" is {str(raw["category"])[:60]!r} for {count} questions',
+            f'{place}: "category" is {str(found)[:60]!r} for {count} questions',
             "a string, a list with one string per question, or no such key",
             "correct the sample",
         )
@@ -157,15 +142,12 @@ def parse_record(
     raw,  # one decoded JSON value
     where: str = "",  # file:line
 ) -> Record:
-    "The record in one decoded LLaVA sample; raises InputError with file, line and id when it breaks a rule."
+    "The record in one decoded LLaVA sample; raises InputError with file, line and id for a broken rule."
     place = _place_of(raw, where)
     remedy = "correct the sample"
     if not isinstance(raw, dict):
-        raise InputError(
-            f"{place}: {str(raw)[:40]!r}",
-            'an object {"id": ..., "image": ..., "conversations": [...]}',
-            remedy,
-        )
+        expected = 'an object {"id": ..., "image": ..., "conversations": [...]}'
+        raise InputError(f"{place}: {str(raw)[:40]!r}", expected, remedy)
     identity = raw.get("id")
     if not _is_text(identity) and type(identity) is not int:
         raise InputError(f'{place}: "id" is {identity!r}', "a string or a whole number", remedy)
@@ -174,11 +156,8 @@ def parse_record(
     placed = sum(question.count(IMAGE) for question, _ in texts)
     if placed != len(images):
         hint = ', and write the key "images" as "image"' if "images" in raw else ""
-        raise InputError(
-            f"{place}: {placed} placeholders {IMAGE} for {len(images)} images",
-            "one placeholder per image",
-            remedy + hint,
-        )
+        fault = f"{place}: {placed} placeholders {IMAGE} for {len(images)} images"
+        raise InputError(fault, "one placeholder per image", remedy + hint)
     categories = _parse_categories(raw, place, len(texts))
     turns = tuple(Turn(question, answer, category) for (question, answer), category in zip(texts, categories))
     return Record(str(identity), images, turns, where)
@@ -203,11 +182,10 @@ def record_to_json(
 
 # %% ../../nbs/lib/data/06_records.ipynb #28e53b71
 def write_records(
-    records: Iterable[Record],  # may be a generator; nothing is kept
-    path: str | Path,  # a .jsonl file, written whole or not at all
+    records: Iterable[Record],  # may be a generator; nothing is kept in memory
+    path: str | Path,  # a .jsonl file, written completely or not at all
 ) -> int:
-    """Write records as JSON lines and return how many; raises InputError when there is none or one breaks
-    a rule."""
+    "Write records as JSON lines and return how many. Raises InputError for none, or for a broken rule."
     count = 0
     with whole_file(path) as temporary:
         with open(temporary, "w", encoding="utf-8") as handle:
@@ -216,16 +194,14 @@ def write_records(
                 parse_record(raw, f"record {count} for {Path(path).name}")
                 handle.write(json.dumps(raw, ensure_ascii=False) + "\n")
         if not count:
-            raise InputError(
-                f"no record to write to {path}", "at least one", "look at what chose the records"
-            )
+            raise InputError(f"no record to write to {path}", "at least one", "check how they were selected")
     return count
 
 # %% ../../nbs/lib/data/06_records.ipynb #54337cb6
 def _check_sample(
     raw,  # one decoded JSON value, or the error met while decoding it
     where: str,  # file:line
-    find_image: Callable[[str], object],  # raises InputError for the name of an image that is not there
+    find_image: Callable[[str], object],  # raises InputError for an image that does not exist
 ) -> Record:
     "The record in a sample whose image files exist; raises InputError with file, line and id."
     if isinstance(raw, InputError):
@@ -240,22 +216,21 @@ def _check_sample(
 
 # %% ../../nbs/lib/data/06_records.ipynb #2b666e3a
 def scan_file(
-    path: str | Path,  # a JSON array or JSON lines; the first character tells
-    image_folder: str | Path | None = None,  # images are looked for here; None: not at all
+    path: str | Path,  # a JSON array or JSON lines; the first character decides
+    image_folder: str | Path | None = None,  # images must exist here; None: not checked
     leave_out: bool = False,  # list broken samples instead of raising at the first
 ) -> tuple[np.ndarray, list[LeftOut]]:
     "(samples, 3) first byte, bytes and line of every good sample, and the ones left out; raises InputError."
+    path = str(path)
     with open(path, encoding="utf-8-sig", errors="replace") as handle:
         walk = array_spans if handle.read(4096).lstrip()[:1] == "[" else line_spans
-    # many samples share an image: what was found is not looked for again
-    find_image = (
-        str if image_folder is None else lru_cache(2**16)(partial(image_path, image_folder=image_folder))
-    )
+    find_image = str
+    if image_folder is not None:  # many samples share an image: each is looked up once
+        find_image = lru_cache(2**16)(partial(image_path, image_folder=image_folder))
     spans = array("q")
     left_out = []
-    with tqdm(
-        total=os.path.getsize(path), unit="B", unit_scale=True, desc=Path(path).name, delay=1, leave=False
-    ) as progress:
+    progress = {"unit": "B", "unit_scale": True, "desc": Path(path).name, "delay": 1, "leave": False}
+    with tqdm(total=os.path.getsize(path), **progress) as bar:
         for start, length, line, raw in walk(path):
             where = f"{path}:{line}"
             try:
@@ -264,58 +239,50 @@ def scan_file(
             except InputError as error:
                 if not leave_out:
                     raise
+                identity = str(raw["id"]) if isinstance(raw, dict) and "id" in raw else ""
                 reason = error.came.removeprefix(f"{_place_of(raw, where)}: ")
-                left_out.append(
-                    LeftOut(where, str(raw["id"]) if isinstance(raw, dict) and "id" in raw else "", reason)
-                )
-            progress.update(start + length - progress.n)
+                left_out.append(LeftOut(where, identity, reason))
+            bar.update(start + length - bar.n)
     if not spans:
         first = f" ({len(left_out)} left out; the first: {left_out[0].reason})" if left_out else ""
-        raise InputError(
-            f"{path} has no usable record{first}", "at least one", "look at the file and at the image folder"
-        )
+        remedy = "check the file and the image folder"
+        raise InputError(f"{path} has no usable record{first}", "at least one", remedy)
     return np.array(spans, dtype=np.int64).reshape(-1, 3), left_out
-
-# %% ../../nbs/lib/data/06_records.ipynb #55c4f71e
-def _file_state(
-    handle,  # an open file
-) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds: what tells that a file is not the one
-    that was opened."""
-    state = os.fstat(handle.fileno())
-    return state.st_size, state.st_mtime_ns
 
 # %% ../../nbs/lib/data/06_records.ipynb #4ccf18b5
 class Records(Sequence):
-    """A lazy sequence of the records of a LLaVA file, a JSON array or JSON lines; every sample is checked
-    once, at opening."""
+    """A lazy sequence of the records of a LLaVA file, a JSON array or JSON lines. Every sample is checked
+    once, at opening. Raises InputError."""
 
     def __init__(
         self,
         path: str | Path,  # the file
-        image_folder: str | Path | None = None,  # image paths are relative to it; the file's folder when None
-        broken: str = "raise",  # "raise" at the first broken sample, or "leave_out" and list them in .left_out
-        check_images: bool = True,  # whether every image file must be there
+        image_folder: str | Path | None = None,  # image paths are relative to it; None: the file's folder
+        broken: str = "raise",  # "raise" at the first broken sample, or "leave_out" and list in .left_out
+        check_images: bool = True,  # whether every image file must exist
     ):
         self.path = Path(path)
         self.image_folder = self.path.parent if image_folder is None else Path(image_folder)
         if broken not in ("raise", "leave_out"):
             raise InputError(f"broken={broken!r}", "'raise' or 'leave_out'", "choose one of the two")
         if not self.path.is_file():
-            raise InputError(
-                f"no file {path}", "LLaVA conversations, a JSON array or JSON lines", "check the path"
-            )
+            expected = "LLaVA conversations, a JSON array or JSON lines"
+            raise InputError(f"no file {path}", expected, "check the path")
         if check_images and not self.image_folder.is_dir():
-            raise InputError(
-                f"no folder {self.image_folder}", "the folder of the images", "name it as image_folder"
-            )
+            remedy = "pass it as image_folder"
+            raise InputError(f"no folder {self.image_folder}", "the folder of the images", remedy)
         with open(self.path, "rb") as handle:
-            self._stamp = _file_state(handle)
-            self.digest = hashlib.file_digest(handle, "sha256").hexdigest()[
-                :16
-            ]  # names the content in a run folder
+            self._state = self._file_state(handle)
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        self.digest = digest[:16]  # identifies the content in a run folder
         folder = self.image_folder if check_images else None
         self._spans, self.left_out = scan_file(self.path, folder, broken == "leave_out")
+
+    @staticmethod
+    def _file_state(handle) -> tuple[int, int]:
+        "Size in bytes and time of the last change in nanoseconds: they reveal that a file has changed."
+        state = os.fstat(handle.fileno())
+        return state.st_size, state.st_mtime_ns
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -325,13 +292,13 @@ class Records(Sequence):
             return [self[each] for each in range(*index.indices(len(self)))]
         start, length, line = self._spans[operator.index(index)].tolist()
         with open(self.path, "rb") as handle:
-            if _file_state(handle) != self._stamp:
-                raise InputError(
-                    f"{self.path} has changed since it was opened", "the same file", "open it again"
-                )
+            if self._file_state(handle) != self._state:
+                fault = f"{self.path} has changed since it was opened"
+                raise InputError(fault, "the same file", "open it again")
             handle.seek(start)
             content = handle.read(length)
         return parse_record(json.loads(content.decode("utf-8-sig")), f"{self.path}:{line}")
 
     def __repr__(self) -> str:
-        return f"Records({self.path.name!r}: {len(self)} records, {len(self.left_out)} left out, digest {self.digest})"
+        counts = f"{len(self)} records, {len(self.left_out)} left out"
+        return f"Records({self.path.name!r}: {counts}, digest {self.digest})"
