@@ -33,7 +33,7 @@ app: .venv/ready  ## ask a checkpoint, compare two runs: widgets in a browser wi
 	$(BIN)/python -m aligned_mllm.apps.serve $(ARGS)
 
 docs: .venv/ready  ## build the documentation: _docs/index.html
-	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site
+	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site.build
 
 test: .venv/ready browser  ## everything that must hold: documentation, notebooks, tests, export
 	$(MAKE) -j2 --no-print-directory tests-long tests-pages tests-short notebooks

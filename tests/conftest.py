@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aligned_mllm.core import data_folder
-from aligned_mllm.worlds.scenes import Sizes, write_scenes
+from aligned_mllm.worlds.scene_data import Sizes, write_scenes
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 

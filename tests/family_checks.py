@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from tiny_models import tiny
 
-from aligned_mllm.data.collate import IGNORED, Collator, encode, model_inputs
+from aligned_mllm.data.collate import Collator, model_inputs
+from aligned_mllm.data.encode import IGNORED, encode
 from aligned_mllm.data.records import Record, Turn
 from aligned_mllm.models.compose import (
     STAGES,

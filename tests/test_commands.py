@@ -28,8 +28,8 @@ BAD = {  # for each command words that argparse takes and the command must refus
     "aligned_mllm.cli": ["experiment", "--seeds", "0"],
     "aligned_mllm.evals.task": ["--run", "FILE/nowhere", "--data", "FILE"],
     "aligned_mllm.training.launch": ["--output", "FILE"],
-    "aligned_mllm.worlds.small_models": ["--output", "FILE"],
-    "aligned_mllm.site": ["--root", "FILE/nowhere", "--output", "FILE"],
+    "aligned_mllm.worlds.train_parts": ["--output", "FILE"],
+    "aligned_mllm.site.build": ["--root", "FILE/nowhere", "--output", "FILE"],
     "aligned_mllm.training.run": [
         "--recipe",
         "scenes_viral",
@@ -60,7 +60,7 @@ def test_bad_input_is_one_line_and_status_2(name, tmp_path, capsys):
     assert re.search(r'if __name__ == "__main__":\n    sys\.exit\(main\(\)\)', MODULES[name])
 
 
-@pytest.mark.parametrize("name", ["aligned_mllm.training.launch", "aligned_mllm.worlds.small_models"])
+@pytest.mark.parametrize("name", ["aligned_mllm.training.launch", "aligned_mllm.worlds.train_parts"])
 def test_the_shell_sees_it(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", name, *words_of(name, tmp_path)],

@@ -14,7 +14,7 @@ from aligned_mllm.analysis.knockout import (
 )
 from aligned_mllm.analysis.permutation import (
     bag_of_patches,
-    loss_figure,
+    permutation_figure,
     paired_loss,
     permutation_test,
     permuted_tokens,
@@ -196,7 +196,7 @@ def test_the_loss_is_paired(small_data, parts, tmp_path):
         .reset_index(drop=True)
         .equals(found[found.model == "two"].drop(columns="model").reset_index(drop=True))
     )
-    assert len(loss_figure(found).data) == 2
+    assert len(permutation_figure(found).data) == 2
     with pytest.raises(InputError, match="0 permutations"):
         permutation_test(subjects, records, permutations=0)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, load_json
-from aligned_mllm.data.collate import IGNORED, encode
+from aligned_mllm.data.encode import IGNORED, encode
 from aligned_mllm.data.records import Records
 from aligned_mllm.training.estimate import words_in
 from aligned_mllm.models.compose import composed_model, load_model

@@ -11,17 +11,15 @@ import pytest
 from PIL import Image
 
 from aligned_mllm.core import InputError
+from aligned_mllm.data.images import open_image, to_rgb
+from aligned_mllm.data.json_spans import ArrayWindow, array_spans
 from aligned_mllm.data.records import (
-    ArrayWindow,
     Record,
     Records,
     Turn,
-    array_spans,
-    open_image,
     parse_record,
     record_to_json,
     scan_file,
-    to_rgb,
     write_records,
 )
 
@@ -394,7 +392,7 @@ def test_what_is_no_image(folder):
     (folder / "empty.png").touch()
     (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     for name in ("words.png", "empty.png", "script.png"):
-        assert f"image {name!r} in {folder}: not in a format that is read" in message(
+        assert f"image {name!r} in {folder}: not in a supported format" in message(
             open_image, name, folder
         )
     assert "no image 'none.png'" in message(open_image, "none.png", folder)

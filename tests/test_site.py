@@ -39,7 +39,7 @@ def site() -> Path:
         pytest.skip("NOT TESTED: the documentation needs sphinx and myst-nb, of the extra 'dev'")
     before = tracked()
     made = subprocess.run(
-        [sys.executable, "-m", "aligned_mllm.site"],
+        [sys.executable, "-m", "aligned_mllm.site.build"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -213,12 +213,24 @@ def test_every_public_name_has_its_place(site, path):
     ] == []
 
 
-def test_source_pages_stand_in_the_order_of_their_numbers(site):
-    listed = [urlparse(link).path for link in page(site / "index.html").links if link.startswith("lib/")]
+def side_bar(site: Path) -> list[tuple[str, list[str]]]:
+    "Captions of the side bar of the front page, each with the pages below it."
+    html = (site / "index.html").read_text(encoding="utf-8")
+    bar = html[html.index('class="sidebar-tree"') :].split("</div>")[0]
+    groups = re.findall(r'class="caption-text">([^<]*)</span></p>(.*?</ul>)', bar, re.S)
+    return [(caption, re.findall(r'href="([^"#]+)\.html"', pages)) for caption, pages in groups]
+
+
+def test_side_bar_has_the_rooms_of_the_library_in_order_and_their_pages_by_number(site):
+    from test_rules import ALLOWED, LIBRARY, module_of
+
     expected = [
-        f"lib/{path.stem.split('_', 1)[1]}.html" for path in sorted((ROOT / "nbs" / "lib").glob("*.ipynb"))
+        (room, [f"lib/{name}" for name in map(module_of, LIBRARY) if name.split(".")[0] == room])
+        for room in ALLOWED
     ]
-    assert [name for name in listed if name in expected][: len(expected)] == expected
+    found = side_bar(site)
+    assert [caption for caption, _ in found][:2] == ["Tutorials", "Explanations"] and found[-1][0] == "Runs"
+    assert found[2:-1] == expected
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
@@ -256,7 +268,7 @@ def test_measured_numbers_of_the_paper_index_are_those_of_the_run(site):
 
 
 def test_what_is_no_repository_and_what_is_no_site_are_left_alone(tmp_path, capsys, monkeypatch):
-    from aligned_mllm.site import main
+    from aligned_mllm.site.build import main
 
     monkeypatch.chdir(ROOT)
     assert main(["--root", str(tmp_path)]) == 2 and "no notebooks" in capsys.readouterr().err
@@ -393,7 +405,7 @@ def test_figures_react(opened):
     assert drawn == len(stored["data"][0]["y"])
 
 
-@pytest.mark.parametrize("name", ["index", "lib/site", "tutorials/own_model", "explanations/shapes"])
+@pytest.mark.parametrize("name", ["index", "lib/site.build", "tutorials/own_model", "explanations/shapes"])
 def test_no_code_is_cut_off(opened, name):
     tab = opened(f"{name}.html", width=1300)
     widths = "nodes => nodes.filter(node => node.scrollWidth > node.clientWidth + 1).map(node => node.textContent.slice(0, 80))"

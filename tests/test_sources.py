@@ -13,32 +13,27 @@ from PIL import Image
 
 from aligned_mllm.core import InputError
 from aligned_mllm.worlds.drawings import (
-    COLOURS,
+    DRAWING_RGB,
+    NLVR_COLOURS,
     ORDERS,
-    PIXELS,
-    Count,
     Item,
     drawing_key,
-    drawn_sentences,
-    drawn_truth,
     picture_of,
-    tower,
+    tower_colours,
 )
-from aligned_mllm.data.records import Records, open_image
-from aligned_mllm.worlds.nlvr import (
-    CUE,
-    cut_boxes,
-    drawn_statements,
+from aligned_mllm.worlds.sentences import Count, computed_truth, generated_sentences
+from aligned_mllm.data.images import open_image
+from aligned_mllm.data.records import Records
+from aligned_mllm.worlds.nlvr import CUE, cut_boxes, nlvr_records, plain_words, read_nlvr
+from aligned_mllm.worlds.nlvr_data import (
+    generated_statements,
     nlvr_parts,
-    nlvr_records,
-    plain_words,
-    read_nlvr,
     split_by_directory,
     without_drawings_of,
     write_nlvr,
 )
 
-NAMES = {word: name for name, word in COLOURS.items()}
+NAMES = {word: name for name, word in NLVR_COLOURS.items()}
 
 
 def message(call, *arguments, **options):
@@ -283,7 +278,7 @@ def test_touching():
 
 
 def test_towers():
-    assert tower(reversed(stack("blue", "black"))) == ("blue", "black")
+    assert tower_colours(reversed(stack("blue", "black"))) == ("blue", "black")
     block = Item("square", "blue", 20, 40, 80)
     for box in (
         [Item("circle", "blue", 20, 40, 80)],
@@ -292,7 +287,7 @@ def test_towers():
         [block, Item("square", "blue", 20, 40, 50)],
         [block, Item("square", "blue", 10, 40, 69)],
     ):
-        assert tower(box) is None
+        assert tower_colours(box) is None
 
 
 def test_numbers():
@@ -369,17 +364,19 @@ READ_BY_EYE_TOO = {
 
 @pytest.mark.parametrize("structure, verdicts", [(TOWERS, READ_BY_EYE), (THINGS, READ_BY_EYE_TOO)])
 def test_truth_against_reading_by_eye(structure, verdicts):
-    assert {sentence: drawn_truth(sentence, structure) for sentence in verdicts} == verdicts
+    assert {sentence: computed_truth(sentence, structure) for sentence in verdicts} == verdicts
 
 
 @pytest.mark.parametrize("towers", [True, False])
 def test_truth_does_not_hang_on_the_order_of_the_boxes(statements, towers):
-    for statement in [each for each in statements if (None not in map(tower, each.structure)) == towers][:3]:
-        for sentence in drawn_sentences(towers):
+    for statement in [
+        each for each in statements if (None not in map(tower_colours, each.structure)) == towers
+    ][:3]:
+        for sentence in generated_sentences(towers):
             assert (
                 len(
                     {
-                        drawn_truth(sentence, tuple(statement.structure[box] for box in order))
+                        computed_truth(sentence, tuple(statement.structure[box] for box in order))
                         for order in ORDERS[::2]
                     }
                 )
@@ -388,11 +385,11 @@ def test_truth_does_not_hang_on_the_order_of_the_boxes(statements, towers):
 
 
 def test_drawn_statements(statements):
-    drawn = drawn_statements(statements, seed=3, per_drawing=5)
+    drawn = generated_statements(statements, seed=3, per_drawing=5)
     assert (
         drawn
-        == drawn_statements(statements, seed=3, per_drawing=5)
-        != drawn_statements(statements, seed=4, per_drawing=5)
+        == generated_statements(statements, seed=3, per_drawing=5)
+        != generated_statements(statements, seed=4, per_drawing=5)
     )
     assert len(drawn) == 5 * len({drawing_key(each.structure) for each in statements})
     balance = Counter((each.sentence, each.truth) for each in drawn)
@@ -401,13 +398,14 @@ def test_drawn_statements(statements):
     known = {each.images: each.structure for each in statements}
     for each in drawn:
         assert (
-            drawn_truth(each.sentence, each.structure) is each.truth and known[each.images] == each.structure
+            computed_truth(each.sentence, each.structure) is each.truth
+            and known[each.images] == each.structure
         )
-        patterns[drawn_sentences(None not in map(tower, each.structure))[each.sentence][0]] += 1
+        patterns[generated_sentences(None not in map(tower_colours, each.structure))[each.sentence][0]] += 1
     assert len(patterns) > 35
     assert len({(each.sentence, each.images) for each in drawn}) == len(drawn)
     assert plain_words(drawn[0].sentence) == drawn[0].sentence
-    everything = drawn_statements(statements[:4], seed=0, per_drawing=10_000)
+    everything = generated_statements(statements[:4], seed=0, per_drawing=10_000)
     assert 0 < len(everything) < 10_000
 
 
@@ -488,18 +486,18 @@ def test_truth_against_people():
     """Where a pattern makes a sentence of the development part word for word (digits as words), people
     agree with its truth."""
     known = {
-        towers: {even_digits(sentence): sentence for sentence in drawn_sentences(towers)}
+        towers: {even_digits(sentence): sentence for sentence in generated_sentences(towers)}
         for towers in (True, False)
     }
     agreed = []
     patterns = defaultdict(int)
     for statement in read_nlvr(real_folder(), "dev"):
-        towers = None not in map(tower, statement.structure)
+        towers = None not in map(tower_colours, statement.structure)
         sentence = known[towers].get(even_digits(plain_words(statement.sentence)))
-        truth = sentence and drawn_truth(sentence, statement.structure)
+        truth = sentence and computed_truth(sentence, statement.structure)
         if truth is not None:
             agreed.append(truth == statement.truth)
-            patterns[drawn_sentences(towers)[sentence][0]] += 1
+            patterns[generated_sentences(towers)[sentence][0]] += 1
     assert len(agreed) > 250 and len(patterns) > 20 and np.mean(agreed) > 0.97
 
 
@@ -507,7 +505,7 @@ def test_drawings_against_the_pixels():
     """What the lists say stands in the pictures: the same colours in the same places, for orders that
     tell left from right."""
     folder = real_folder()
-    palette = np.array([PIXELS[name] for name in ("yellow", "black", "blue", "box", "between")])
+    palette = np.array([DRAWING_RGB[name] for name in ("yellow", "black", "blue", "box", "between")])
     for statement in read_nlvr(folder, "dev")[::120]:
         for order in (0, 3, 4):
             picture = np.asarray(open_image(statement.images[order], folder)).astype(int)

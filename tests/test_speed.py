@@ -245,7 +245,7 @@ def test_lengths_come_from_the_words(mixed_data, tmp_path, monkeypatch):
         lambda name, folder, kept=collate.open_image: opened.append(name) or kept(name, folder),
     )
     samples.cache.clear()
-    guessed = torch.tensor(collate.lengths_of(samples), dtype=torch.float)
+    guessed = torch.tensor(collate.estimated_lengths(samples), dtype=torch.float)
     assert len(opened) == 1
     real = torch.tensor(
         [len(samples[index]["input_ids"]) for index in range(len(samples))], dtype=torch.float

@@ -27,7 +27,7 @@ from aligned_mllm.analysis.subjects import Subject
 from aligned_mllm.core import InputError, save_json
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
-from aligned_mllm.worlds.scenes import Sizes, write_scenes
+from aligned_mllm.worlds.scene_data import Sizes, write_scenes
 from aligned_mllm.worlds.small_models import embedded_model
 from aligned_mllm.apps.widgets import (
     EMBEDDED,

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from .subjects import Subject, subjects_of
 from ..core import InputError
-from ..data.collate import IGNORED, PER_TOKEN, model_inputs
+from ..data.collate import model_inputs
+from ..data.encode import IGNORED, PER_TOKEN
 from ..data.records import Records
 from ..data.views import layout_of
 from ..evals.statistics import interval, require_columns

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..core import InputError, load_json
 from ..evals.statistics import interval, require_columns
-from ..figures import blank_figure, escaped, styles_of, with_axes
+from ..figures import add_curve, blank_figure, escaped, styles_of, with_axes
 
 # %% ../../nbs/lib/analysis/90_convergence.ipynb #7ef86e04
 def read_run_curves(
@@ -151,36 +151,14 @@ def convergence_figure(
         f"{escaped(name)} while training", f"mean over {count} seeds; bands: 95 % intervals over seeds"
     )
     for model, runs in part.groupby("model", sort=False):
-        label, colour, symbol, dash = looks[model]
         rows = [
             (at.step.iloc[0], at.seconds.mean(), *interval(at.value))
             for _, at in runs.groupby("step")
             if len(at) == runs.seed.nunique()
         ]
-        drawn = pd.DataFrame(rows, columns=["steps", "seconds", "value", "low", "high"]).round(4)
-        if drawn.low.notna().all():
-            figure.add_scatter(
-                x=[*drawn[unit], *drawn[unit][::-1]],
-                y=[*drawn.high, *drawn.low[::-1]],
-                fill="toself",
-                fillcolor=colour,
-                opacity=0.15,
-                mode="lines",
-                line_width=0,
-                hoverinfo="skip",
-                showlegend=False,
-                legendgroup=model,
-            )
-        figure.add_scatter(
-            x=drawn[unit],
-            y=drawn.value,
-            mode="lines+markers",
-            name=escaped(label),
-            legendgroup=model,
-            line={"color": colour, "dash": dash, "width": 2.5},
-            marker={"symbol": symbol, "size": 7},
-            hovertemplate=f"%{{x:.4~g}} {unit}: %{{y:.3f}}<extra>{escaped(label)}</extra>",
-        )
+        drawn = pd.DataFrame(rows, columns=["steps", "seconds", "value", "low", "high"])
+        curve = drawn.rename(columns={unit: "x"})
+        add_curve(figure, looks[model], curve, hover=f"%{{x:.4~g}} {unit}: %{{y:.3f}}")
     if target is not None:
         figure.add_hline(
             y=target,

@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 
 from .subjects import Subject, subjects_of
 from ..core import InputError, checksum, load_json, path_inside, save_json, sole_owner
-from ..data.collate import Collator, encode, model_inputs
-from ..data.records import Record, Records, Turn, open_image
+from ..data.collate import Collator, model_inputs
+from ..data.encode import encode
+from ..data.images import open_image
+from ..data.records import Record, Records, Turn
 from ..models.compose import parts_of
 from ..models.taps import Taps, check_layers, decoder_layers
 from ..teachers.cache import refuse_other, signature

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['projector_inputs', 'moved_blocks', 'check_separate', 'TokenOrder', 'permuted_tokens', 'bag_of_patches', 'paired_loss',
-           'permutation_test', 'loss_figure']
+           'permutation_test', 'permutation_figure']
 
 # %% ../../nbs/lib/analysis/50_permutation.ipynb #815989c8
 from collections.abc import Iterator, Sequence
@@ -274,7 +274,7 @@ def permutation_test(
     ]
 
 # %% ../../nbs/lib/analysis/50_permutation.ipynb #931cd02c
-def loss_figure(
+def permutation_figure(
     table: pd.DataFrame,  # with model, category, loss, low, high: from `permutation_test`
     title: str = "What is lost when the visual tokens are shuffled",
     paired_over: str = "questions",  # what the intervals of the table were paired over, for the subtitle
@@ -289,7 +289,8 @@ def loss_figure(
     categories = list(table.category.unique())
     looks = styles_of(list(table.model.unique()))
     for number, (name, rows) in enumerate(table.groupby("model", sort=False)):
-        (label, colour, symbol, _), shift = looks[name], 0.5 * ((number + 0.5) / len(looks) - 0.5)
+        look = looks[name]
+        shift = 0.5 * ((number + 0.5) / len(looks) - 0.5)
         places = [categories.index(category) + shift for category in rows.category]
         told = [
             f"{row.accuracy:.1%} → {row.changed:.1%}, {row.questions} questions" for row in rows.itertuples()
@@ -298,14 +299,14 @@ def loss_figure(
             x=places,
             y=(100 * rows.loss).round(2),
             mode="markers",
-            name=escaped(label),
-            marker={"color": colour, "symbol": symbol, "size": 10},
+            name=escaped(look.label),
+            marker={"color": look.colour, "symbol": look.symbol, "size": 10},
             customdata=told,
             hovertemplate="%{y} points: %{customdata}",
             error_y={
                 "array": 100 * (rows.high - rows.loss).fillna(0),
                 "arrayminus": 100 * (rows.loss - rows.low).fillna(0),
-                "color": colour,
+                "color": look.colour,
             },
         )
     figure.add_hline(y=0, line={"color": "#777", "width": 1})

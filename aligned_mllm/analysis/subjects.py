@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 from ..core import InputError
-from ..data.collate import Collator, Samples, encode
+from ..data.collate import Collator, Samples
+from ..data.encode import encode
 from ..data.records import Record, Records, Turn
 from ..models.compose import load_model
 

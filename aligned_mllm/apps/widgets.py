@@ -37,13 +37,16 @@ from ..analysis.attention import attention_rows
 from ..analysis.lens import logit_lens, nearest_words, readable_tokens, readout
 from ..analysis.subjects import Subject, load_subject
 from ..core import InputError, data_folder, load_json, path_inside
-from ..data.collate import IGNORED, PER_TOKEN, model_inputs
-from ..data.records import Records, open_image
-from ..worlds.scenes import draw, questions, scenes_of
+from ..data.collate import model_inputs
+from ..data.encode import IGNORED, PER_TOKEN
+from ..data.images import open_image
+from ..data.records import Records
+from ..worlds.questions import all_questions
+from ..worlds.scenes import draw, scenes_of
 from ..data.views import layout_of
 from ..analysis.pca import pca_figure, pca_table
 from ..evals.statistics import require_columns
-from ..figures import blank_figure, escaped, styles_of, with_axes
+from ..figures import add_curve, blank_figure, escaped, styles_of, with_axes
 from ..models.taps import Taps, decoder_layers
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #cd0edc42
@@ -77,7 +80,7 @@ def drawn(
     scene = scenes_of("test", 1, seed)[0]
     count = Counter()
     ranked = []
-    for item in questions(scene):
+    for item in all_questions(scene):
         ranked.append(
             (
                 item.answer in ("0", "no"),
@@ -1348,15 +1351,8 @@ def curves_of(
     looks = styles_of([model for model in table.model.unique()])
     figure = blank_figure(escaped(name), "each run's own log, one seed each: no interval", 360)
     for model, rows in table.groupby("model", sort=False):
-        _, colour, symbol, dash = looks[model]
-        figure.add_scatter(
-            x=rows.step.tolist(),
-            y=((100 if percent else 1) * rows.value).round(4).tolist(),
-            mode="lines+markers",
-            name=escaped(model),
-            line={"color": colour, "dash": dash, "width": 2.5},
-            marker={"symbol": symbol, "size": 7, "maxdisplayed": 14},
-        )
+        curve = pd.DataFrame({"x": rows.step, "value": (100 if percent else 1) * rows.value})
+        add_curve(figure, looks[model], curve, hover="step %{x}: %{y:.3~g}", markers=14)
     return with_axes(figure, "training step", ["accuracy (%)" if percent else name])
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #9642e147

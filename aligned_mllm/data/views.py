@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'RESAMPLED', 'IMPOSSIBLE', 'View', 'Views', 'shown_box', 'one_crop', 'base_and_tiles', 'merged_patches',
-           'tiles_then_whole', 'idefics_tiles', 'internvl_tiles', 'one_square', 'Layout', 'layout_of', 'views_of']
+           'tiles_then_whole', 'idefics_tiles', 'internvl_tiles', 'one_square', 'Layout', 'layout_of',
+           'views_of_images']
 
 # %% ../../nbs/lib/data/10_views.ipynb #6bc12520
 from collections.abc import Callable, Sequence
@@ -287,7 +288,7 @@ def layout_of(
     )
 
 # %% ../../nbs/lib/data/10_views.ipynb #81c39ad3
-def views_of(
+def views_of_images(
     processor,  # of a family in LAYOUTS
     images: Sequence[Image.Image],  # the sample's pictures, in order
     inputs: dict,  # what the processor made of them: pixel_values, image_grid_thw, ...

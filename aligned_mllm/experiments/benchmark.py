@@ -23,7 +23,7 @@ from torch import nn
 
 from ..training.build import dressed
 from ..core import InputError, command, environment, peak_memory, save_json, seed_everything
-from ..data.collate import IGNORED
+from ..data.encode import IGNORED
 from ..models.compose import parts_of
 from ..objectives.base import combine
 from ..objectives.viral import Viral

@@ -34,12 +34,13 @@ from aligned_mllm.core import (
     sole_owner,
     whole_file,
 )
-from ..data.records import Records, open_image
-from ..worlds.scenes import Sizes, choices_of, write_scenes
-from ..worlds.nlvr import nlvr_choices, write_nlvr
+from ..data.images import open_image
+from ..data.records import Records
+from ..worlds.scene_data import Sizes, scene_data_config, write_scenes
+from ..worlds.nlvr_data import nlvr_data_config, write_nlvr
 from ..evals.task import score_run
 from ..models.compose import load_model
-from ..worlds.small_models import build_parts
+from ..worlds.train_parts import build_parts
 from ..training.recipes import ABOUT, ARMS, VIRAL, recipe
 from ..reporting.experiment_report import LIMITS, report
 from ..training.config import configured
@@ -124,7 +125,7 @@ def prepare_data(
     nlvr = plan.recipe == "nlvr"
     data = folder / "data" / ("nlvr" if nlvr else f"seed{seed}")
     note = "nlvr.json" if nlvr else "scenes.json"
-    wanted = nlvr_choices("boxes", fresh=plan.fresh) if nlvr else choices_of(seed, plan.sizes)
+    wanted = nlvr_data_config("boxes", fresh=plan.fresh) if nlvr else scene_data_config(seed, plan.sizes)
     if (data / note).is_file() and load_json(data / note) != wanted:
         raise InputError(
             f"{data} was made for another plan",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError
-from ..data.collate import IGNORED
+from ..data.encode import IGNORED
 
 # %% ../../nbs/lib/objectives/00_base.ipynb #7b96836e
 @dataclass

@@ -119,7 +119,7 @@ def finding(
     if missing:
         means = mean_over_categories(scores)
         told = ", ".join(
-            f"{style(arm)[0]} {100 * means.accuracy[means.arm == arm].mean():.1f} %" for arm in arms
+            f"{style(arm).label} {100 * means.accuracy[means.arm == arm].mean():.1f} %" for arm in arms
         )
         lacking = " and the arm ".join(missing)
         return f"Without the arm {lacking} nothing can be said about VIRAL here. Mean accuracy: {told or 'no arm has finished'}."
@@ -188,7 +188,7 @@ def _read(folder: Path) -> dict:
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #ee357457
 def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     "The table with its index of arms as a first column of labels."
-    return table.rename(index=lambda arm: style(arm)[0]).rename_axis("arm").reset_index()
+    return table.rename(index=lambda arm: style(arm).label).rename_axis("arm").reset_index()
 
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #5e09c402
 def _section_scores(found: dict) -> str:
@@ -239,7 +239,7 @@ def _pace(curves: pd.DataFrame, arms: list[str]) -> str:
     told = []
     for arm in arms:
         steps = means[arm].index[means[arm] >= goal]
-        told.append(f"{style(arm)[0]} {f'at step {steps[0]}' if len(steps) else 'never'}")
+        told.append(f"{style(arm).label} {f'at step {steps[0]}' if len(steps) else 'never'}")
     reached = ", ".join(told)
     return f"Plain training ends with {100 * goal:.1f} % at step {last}; the mean over seeds first reaches it for {reached}."
 
@@ -294,7 +294,7 @@ def _section_examples(folder: Path, found: dict) -> str:
             right = str(answer).strip().lower() == expected.strip().lower()
             mark = "<b class=right>✓ right</b>" if right else "<b class=wrong>✗ wrong</b>"
             answers.append(
-                f"<tr><td>{escape(style(arm)[0])}</td><td>{escape(str(answer))}</td><td class=mark>{mark}</td></tr>"
+                f"<tr><td>{escape(style(arm).label)}</td><td>{escape(str(answer))}</td><td class=mark>{mark}</td></tr>"
             )
         question = str(example["question"]).replace("<image>", "").strip()
         width = 160 if len(example["images"]) == 1 else 240 // len(example["images"])
@@ -334,7 +334,7 @@ def _cost_table(cost: pd.DataFrame) -> pd.DataFrame:
     }
     for column, form in shown.items():
         table[column] = [form.format(value) if value == value else "–" for value in table[column]]
-    table["arm"] = [style(arm)[0] for arm in table.arm]
+    table["arm"] = [style(arm).label for arm in table.arm]
     names = {
         "ratio": "time / plain",
         "speed": "samples / s",

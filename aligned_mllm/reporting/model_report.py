@@ -22,10 +22,11 @@ from ..analysis.entropy import spatial_entropy_figure, spatial_entropy_table
 from ..analysis.knockout import knockout_figure, knockout_table
 from ..analysis.lens import lens_figure, lens_table, nearest_words
 from ..analysis.pca import pca_figure, pca_table
-from ..analysis.permutation import loss_figure, paired_loss, permutation_test
+from ..analysis.permutation import permutation_figure, paired_loss, permutation_test
 from ..analysis.subjects import Subject, load_subject
 from ..core import InputError, checksum, load_json, save_json, whole_file
-from ..data.records import Records, open_image, write_records
+from ..data.images import open_image
+from ..data.records import Records, write_records
 from ..evals.task import answers_of
 from .html import html_page, html_plot, html_table
 from ..teachers.vision import Teacher, load_teacher
@@ -202,7 +203,7 @@ MEASURES = {
     "permutation": Measure(
         "Permutation test",
         lambda case: permutation_test(case.subjects, case.records),
-        lambda case, table: [loss_figure(table)],
+        lambda case, table: [permutation_figure(table)],
     ),
     "cut_attention": Measure(
         "Words kept from the picture",

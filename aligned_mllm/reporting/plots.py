@@ -13,7 +13,38 @@ import pandas as pd
 
 from ..core import InputError
 from ..evals.statistics import interval, mean_over_categories, paired, require_columns
-from ..figures import blank_figure, escaped, style, with_axes
+from aligned_mllm.figures import (
+    LOOKS,
+    Look,
+    add_band,
+    add_curve,
+    blank_figure,
+    escaped,
+    mark_layer,
+    style,
+    with_axes,
+)
+
+# %% ../../nbs/lib/reporting/10_plots.ipynb #a7c30b91
+# Until each arm registers its own look.
+_ARMS = {  # arm: label, colour, symbol, dash
+    "plain": ("plain", "#000000", "circle", "solid"),
+    "viral": ("VIRAL", "#0072B2", "square", "solid"),
+    "other_image": ("other image (control)", "#D55E00", "diamond", "dash"),
+    "position_mean": ("position mean", "#009E73", "triangle-up", "dot"),
+    "mean_removed": ("position mean removed", "#CC79A7", "triangle-down", "dashdot"),
+    "encoder": ("encoder as teacher", "#56B4E9", "star", "longdash"),
+    "self_supervised": ("self-supervised teacher", "#E69F00", "hexagram", "longdashdot"),
+    "random_teacher": ("random teacher", "#7F7F7F", "x", "dot"),
+    "position_code": ("position code", "#000000", "circle-open", "dot"),
+    "position_code_viral": ("position code + VIRAL", "#0072B2", "square-open", "dot"),
+    "lora": ("LoRA", "#000000", "cross", "dashdot"),
+    "lora_viral": ("LoRA + VIRAL", "#0072B2", "cross-open", "dashdot"),
+    "blind": ("blind (without images)", "#7F7F7F", "line-ew", "dash"),
+    "majority": ("commonest answer", "#7F7F7F", "line-ew", "dot"),
+}
+for _arm, _look in _ARMS.items():
+    LOOKS.setdefault(_arm, Look(*_look))
 
 # %% ../../nbs/lib/reporting/10_plots.ipynb #5f3ae46b
 def _rows(table: pd.DataFrame, arm: str, name: str) -> pd.DataFrame:
@@ -40,7 +71,7 @@ def _add_dodged(
     the range drawn."""
     ends = [*table.value]
     for position, arm in enumerate(arms):
-        label, colour, symbol, _ = style(arm)
+        look = style(arm)
         shift = (position - (len(arms) - 1) / 2) * min(0.2, 0.84 / len(arms))
         rows = table[table.arm == arm]
         statistics = [interval(rows.value[rows.category == category]) for category in categories]
@@ -50,7 +81,7 @@ def _add_dodged(
             x=[categories.index(category) + shift + 0.06 for category in rows.category],
             y=rows.value.round(2).tolist(),
             mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 5, "opacity": 0.4},
+            marker={"color": look.colour, "symbol": look.symbol, "size": 5, "opacity": 0.4},
             showlegend=False,
             legendgroup=arm,
             hoverinfo="skip",
@@ -60,10 +91,10 @@ def _add_dodged(
             y=[round(mean, 2) for mean, _, _ in statistics],
             error_y={"array": halves, "thickness": 1.6, "width": 4},
             mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 10},
-            name=escaped(label),
+            marker={"color": look.colour, "symbol": look.symbol, "size": 10},
+            name=escaped(look.label),
             legendgroup=arm,
-            hovertemplate="%{y:.1f} " + unit + "<extra>" + escaped(label) + "</extra>",
+            hovertemplate="%{y:.1f} " + unit + "<extra>" + escaped(look.label) + "</extra>",
         )
     names = [f"<b>{name}</b>" if name == "mean" else _wrapped(name) for name in categories]
     figure.update_xaxes(
@@ -96,7 +127,7 @@ def scores_figure(
     for arm in ("blind", "majority"):
         rows = table[table.arm == arm]
         if len(rows) and arm not in arms:
-            label, colour, _, dash = style(arm)
+            look = style(arm)
             means = [rows.value[rows.category == category].mean() for category in categories]
             low = min(low, *means)
             figure.add_scatter(
@@ -107,8 +138,8 @@ def scores_figure(
                 ],
                 y=[height for mean in means for height in (round(mean, 2), round(mean, 2), None)],
                 mode="lines",
-                line={"color": colour, "dash": dash, "width": 2},
-                name=escaped(label),
+                line={"color": look.colour, "dash": look.dash, "width": 2},
+                name=escaped(look.label),
                 hovertemplate="%{y:.1f} %",
             )
     figure.add_vline(x=len(categories) - 1.5, line={"color": "#bbb", "width": 1}, opacity=1)
@@ -130,7 +161,7 @@ def differences_figure(
     table = pd.concat([paired(scores, arm, baseline).assign(arm=arm) for arm in arms])
     table = table.assign(value=100 * table.difference)
     categories = [*table.category[table.category != "mean"].unique(), "mean"]
-    name = escaped(style(baseline)[0])
+    name = escaped(style(baseline).label)
     subtitle = "difference within each seed; bars: 95 % t-interval over seeds; small symbols: single seeds"
     figure = blank_figure(f"Gain over {name}", subtitle)
     low, high = _add_dodged(figure, table, arms, categories, "points")
@@ -143,45 +174,17 @@ def differences_figure(
 def _add_lines(
     figure, table: pd.DataFrame, arms: list[str], axis: str, legend: bool, column: int | None = None
 ) -> None:
-    "Mean line, band and faint single seeds (columns seed, arm, value and `axis`) for each arm that has rows."
-    place = {} if column is None else {"row": 1, "col": column}
+    "Mean curve, band and faint single seeds (columns seed, arm, value and `axis`) for each arm that has rows."
     for arm in [arm for arm in arms if (table.arm == arm).any()]:
-        label, colour, symbol, dash = style(arm)
-        rows = table[table.arm == arm].sort_values(axis)
-        quiet = {"hoverinfo": "skip", "showlegend": False, "legendgroup": arm, **place}
-        band = rows.groupby(axis).value.agg(["mean", "min", "max"]).round(4)
-        if rows.seed.nunique() > 1:
-            figure.add_scatter(
-                x=[*band.index, *band.index[::-1]],
-                y=[*band["max"], *band["min"][::-1]],
-                fill="toself",
-                fillcolor=colour,
-                opacity=0.13,
-                mode="lines",
-                line_width=0,
-                **quiet,
-            )
-        for _, single in rows.groupby("seed") if rows.seed.nunique() > 1 else ():
-            figure.add_scatter(
-                x=single[axis].tolist(),
-                y=single.value.round(4).tolist(),
-                mode="lines",
-                line={"color": colour, "width": 0.8},
-                opacity=0.4,
-                **quiet,
-            )
-        figure.add_scatter(
-            x=band.index.tolist(),
-            y=band["mean"].tolist(),
-            mode="lines+markers",
-            name=escaped(label),
-            legendgroup=arm,
-            line={"color": colour, "dash": dash, "width": 2.5},
-            marker={"symbol": symbol, "size": 8, "maxdisplayed": 14},
-            showlegend=legend,
-            hovertemplate=axis + " %{x}: %{y:.3~g}<extra>" + escaped(label) + "</extra>",
-            **place,
-        )
+        rows = table[table.arm == arm].sort_values(axis).rename(columns={axis: "x"})
+        curve = rows.groupby("x", as_index=False).value.agg(["mean", "min", "max"])
+        curve = curve.rename(columns={"mean": "value", "min": "low", "max": "high"})
+        runs = [run for _, run in rows.groupby("seed")]
+        if len(runs) == 1:
+            curve = curve.drop(columns=["low", "high"])
+            runs = []
+        hover = axis + " %{x}: %{y:.3~g}"
+        add_curve(figure, style(arm), curve, runs, arm, hover, column, legend, markers=14)
 
 # %% ../../nbs/lib/reporting/10_plots.ipynb #2e6b4405
 def curves_figure(
@@ -255,32 +258,11 @@ def cknna_figure(
     for column, reference in enumerate(references, start=1):
         table = cknna[(cknna.reference == reference) & cknna.arm.isin(arms)]
         chance = table.groupby("layer").agg(low=("null_low", "min"), high=("null_high", "max"))
-        figure.add_scatter(
-            x=[*chance.index, *chance.index[::-1]],
-            y=[*chance.high.round(4), *chance.low[::-1].round(4)],
-            fill="toself",
-            fillcolor="#999",
-            opacity=0.45,
-            mode="lines",
-            line_width=0,
-            hoverinfo="skip",
-            name="chance",
-            legendgroup="chance",
-            showlegend=column == 1,
-            row=1,
-            col=column,
-        )
+        grey = {"name": "chance", "legendgroup": "chance", "opacity": 0.45, "showlegend": column == 1}
+        add_band(figure, chance.index, chance.low, chance.high, column=column, **grey)
         _add_lines(figure, table, arms, "layer", legend=column == 1, column=column)
-        if aligned_layer is not None:
-            note = {
-                "text": "aligned layer",
-                "y": 1,
-                "xanchor": "center",
-                "yanchor": "bottom",
-                "font_color": "#555",
-            }
-            line = {"color": "#777", "dash": "dot", "width": 1.5}
-            figure.add_vline(x=aligned_layer, line=line, opacity=1, row=1, col=column, annotation=note)
+    if aligned_layer is not None:
+        mark_layer(figure, aligned_layer)
     figure.update_layout(margin_t=105).update_xaxes(dtick=1 if cknna.layer.max() <= 12 else 4)
     up = [f"CKNNA to the {escaped(name)}" for name in references]
     return with_axes(figure, "layer (0: input of the language model)", up, rangemode="tozero")

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..core import InputError, data_folder
-from ..data.records import Records, open_image
+from ..data.images import open_image
+from ..data.records import Records
 from aligned_mllm.models.compose import (
     STAGES,
     add_lora,

@@ -44,7 +44,7 @@ from aligned_mllm.core import (
     whole_file,
     whole_folder,
 )
-from ..data.collate import Collator, Samples, lengths_of, model_inputs
+from ..data.collate import Collator, Samples, estimated_lengths, model_inputs
 from ..data.records import Records
 from .estimate import told
 from ..models.compose import load_model, mark_changed, parameter_audit, parameters_by_part
@@ -292,7 +292,7 @@ class AlignTrainer(TermTrainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         grouped = self.args.train_sampling_strategy == "group_by_length"
         return (
-            LengthOrder(lengths_of(samples), batch, self.args.seed)
+            LengthOrder(estimated_lengths(samples), batch, self.args.seed)
             if grouped
             else super()._get_train_sampler(train_dataset)
         )

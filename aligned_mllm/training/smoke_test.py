@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 
 from ..core import InputError
-from ..data.records import Records, record_to_json, to_rgb
-from ..worlds.scenes import Sizes, write_scenes
+from ..data.images import to_rgb
+from ..data.records import Records, record_to_json
+from ..worlds.scene_data import Sizes, write_scenes
 from .published import PUBLISHED, TINY, tiny_part
 
 # %% ../../nbs/lib/training/60_smoke_test.ipynb #06275e2b

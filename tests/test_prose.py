@@ -1,0 +1,229 @@
+"""The prose of the library is plain English in the field's own terms: a table of odd phrases and of words that
+have a standard term, searched in all markdown, docstrings, comments, messages and names, and in the README.
+`python tests/test_prose.py [FILE ...]` lists what it finds."""
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(
+    path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
+)
+FILES = [ROOT / "README.md", *NOTEBOOKS]
+
+THING = (
+    "(?:arm|assertion|audit|cell|class|column|config|control|curve|error|experiment|figure|file|folder|forecast|"
+    "function|grid|index|interval|layer|library|line|log|loss|mask|measure|message|method|model|name|notebook|number|"
+    "objective|package|page|paper|plan|probe|processor|projector|recipe|report|row|run|score|sentence|setting|table|"
+    "teacher|term|test|title|tower|tutorial|CKNNA|CKA|CLIP|DINOv2)s?"
+)
+PHRASES = {  # what to write instead: regular expressions, without regard to case
+    "'If you have X, ...' or 'users who ...'": [
+        r"^who\b(?!.*\?)",
+        r"\bwhoever\b",
+        r"[,;:] who (?:has|wants|needs|reads|knows)\b",
+    ],
+    "name the thing instead of 'what is ...'": [
+        r"^what (?:is|are|was|were|came|comes|stands|remains|follows|goes|lies|has|have|had|does|it|they|trains)\b(?!.*\?)",
+        r"\b(?:of|from|for|by|with|in|on|beside|behind|before|after|all|and|over|than|everything) what "
+        r"(?:(?:is|are|was|were)(?! in\b)|came|comes|stands|remains|follows|goes|lies|has|have|had|trains|trained|counts|can)\b",
+        r"\bwhat came\b(?! in)",
+        r"\bwhat goes\b",
+    ],
+    "'does not have' or 'does not exist'": [r"\b(?:has|have|had) not(?:[.,;:)]|$)"],
+    "'is not a ...'": [
+        r"(?<!there )\b(?:is|are|was|were) no (?!longer|more|less|better|worse|different|other|one|way|reason|evidence)\w"
+    ],
+    "'cannot be compared'": [r"\bdo(?:es)? not compare(?:[.,;:]|$)"],
+    "'depended on'": [r"\b(?:hang|hangs|hung|hanging) on\b"],
+    "'continue', 'resume', 'wrap' or 'follow'": [
+        r"\b(?:go|goes|went|going) on\b(?! (?:record|to))",
+        r"\bwith the same words\b",
+    ],
+    "agreement of number": [r"\bgrid are\b"],
+    "things do not speak: 'shows', 'reports', 'estimates', 'documents'": [
+        rf"\b{THING} (?:then |also |itself |only |never |not |does not |do not )?(?:tells?|says?|told|said|speaks?)\b",
+        r"\b(?:is|are|was|were|be|been) (?:told|asked (?:of|for))\b",
+        r"\b(?:it|which|that) (?:tells|says) (?:so|why|which|what|for|how|where|them|us)\b",
+        r"\basked of\b",
+        r"\bsaid (?:of|to be|by)\b",
+        r"\btold (?:as|by|in|of|to|beside|with)\b",
+        r"\bcknna tells\b",
+    ],
+    "'checksum'": [r"\bseal(?:s|ed|ing)?\b"],
+    "'estimate', 'dry run' or 'smoke test'": [r"\brehears(?:al|als|e|ed)\b", r"\bforecasts?\b", r"\bpreviews?\b"],
+    "'examined', 'used', 'read' or 'attended to'": [r"\blook(?:s|ed|ing)? at\b", r"\bat every look\b", r"\blooked for\b"],
+    "'decide' or 'finish'": [r"\bsettl(?:e|es|ed|ing)\b"],
+    "'with a chat template', 'normalized' ...": [r"\bdressed\b", r"\bundressed\b"],
+    "'fix', 'correct', 'repair'": [r"\bmend(?:s|ed|ing)?\b"],
+    "'is in', 'is next to', 'precedes', 'follows'": [
+        r"\b(?:stand|stands|stood|standing) (?:in|on|at|beside|behind|before|after|under|above|below|between|there|here|for itself)\b",
+        r"\b(?:lie|lies) (?:in|on|beside|under|below|there|here)\b",
+        r"\bas (?:it|they) stands?\b",
+    ],
+    "a current word": [
+        r"\b(?:therein|thereof|thereby|hereby|herein|wherein|whereof|whence|thence|hither|thither|whilst|lest|nought|"
+        r"anew|aloud|betimes|henceforth|hitherto|forthwith|aught|ere|save for|heretofore|at once from)\b",
+        r"\btoo dear\b",
+        r"\bin vain\b",
+        r"\bgone? astray\b",
+        r"\bof the same make\b",
+        r"\bnobody\b",
+        r"\bof its kind\b",
+    ],
+    "'describe', 'say so in ...', 'report'": [r"\bby name told\b", r"\bas .{1,40} tells\b"],
+}
+PHRASES = {advice: [re.compile(each, re.I) for each in patterns] for advice, patterns in PHRASES.items()}
+
+# Names that nobody would guess, with what to call them.
+NAMES = {
+    "told": "description, text, report",
+    "looked": "used, examined",
+    "settle": "finish, decide, adapt",
+    "seal": "checksum",
+    "sealed": "checksum",
+    "dressed": "formatted, with_template",
+    "carry_out": "train, run",
+    "words_of": "vocabulary, tokens_of",
+    "one_each": "unique, first_of_each",
+    "processed": "name what was done",
+    "rehearse": "smoke_test",
+    "rehearsal": "smoke_test",
+    "forecast": "estimate",
+    "preview": "dry_run",
+}
+# Good as a local variable, not as a name that others call or set.
+PUBLIC_NAMES = {"below": "lower, path_inside", "others": "partners, rest", "asked": "requested, questions"}
+
+
+def sentences(text: str) -> list[str]:
+    "The sentences of a text, without code, formulas, addresses and markup of tables."
+    text = re.sub(r"^```.*?^```|^( {4}|\t).*$|\$\$.*?\$\$", " ", text, flags=re.S | re.M)
+    text = re.sub(r"`[^`\n]*`", "CODE", text)
+    text = re.sub(r"\$[^$\n]+\$", "FORMULA", text)
+    text = re.sub(r"\]\([^)]*\)|https?://\S+|<[^>\n]+>|[\[\]*#>]+", " ", text)
+    parts = re.split(r"(?<=[.!?:;])\s+|\s*\|\s*|\n\s*\n|\n\s*-\s", text)
+    return [joined for part in parts if (joined := " ".join(part.split()))]
+
+
+def odd(text: str) -> list[tuple[str, str]]:
+    "The odd sentences of a text, each with advice."
+    return [
+        (sentence, advice)
+        for sentence in sentences(text)
+        for advice, patterns in PHRASES.items()
+        if any(pattern.search(sentence) for pattern in patterns)
+    ]
+
+
+def plain(source: str) -> str:
+    "The code of a cell without magics and directives."
+    return "\n".join("" if line.lstrip().startswith(("%", "!", "#|")) else line for line in source.splitlines())
+
+
+def texts(source: str) -> list[str]:
+    "Strings of several words (docstrings, messages, labels) and comments of a cell of code."
+    source = plain(source)
+    found = [
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.count(" ") >= 2
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return found + [token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT]
+
+
+def odd_names(source: str) -> list[tuple[str, str]]:
+    "Odd names that a cell defines or uses, each with advice."
+    tree = ast.parse(plain(source))
+    found = set()
+    for node in ast.walk(tree):
+        every = {
+            ast.FunctionDef: "name",
+            ast.ClassDef: "name",
+            ast.arg: "arg",
+            ast.keyword: "arg",
+            ast.Attribute: "attr",
+            ast.Name: "id",
+        }
+        name = getattr(node, every[type(node)]) if type(node) in every else None
+        if name in NAMES:
+            found.add((name, NAMES[name]))
+        if name in PUBLIC_NAMES and not isinstance(node, ast.Name):
+            found.add((name, PUBLIC_NAMES[name]))
+    return sorted(found)
+
+
+def findings(path: Path) -> list[str]:
+    "Everything odd in a file: cell, sentence or name, and advice."
+    if path.suffix == ".md":
+        return [f"{sentence}  <- {advice}" for sentence, advice in odd(path.read_text(encoding="utf-8"))]
+    found = []
+    for cell in nbformat.read(path, 4).cells:
+        parts = [cell.source] if cell.cell_type == "markdown" else texts(cell.source)
+        hits = [hit for part in parts for hit in odd(part)]
+        hits += odd_names(cell.source) if cell.cell_type == "code" else []
+        found += [f"[{cell.get('id', '')}] {text}  <- {advice}" for text, advice in hits]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_prose_is_plain(path):
+    found = findings(path)
+    assert not found, "\n".join(["", *found])
+
+
+BAD = [
+    "Who has NLVR can name it.",
+    "A layer that the model has not, is refused.",
+    "The teacher and its grid are shown.",
+    "Values of different kinds do not compare.",
+    "What is lost is what hung on the order.",
+    "Started again with the same words it goes on.",
+    "The forecast tells the memory.",
+    "The plan says how the teacher meets the student.",
+    "This is asked of finished runs.",
+    "The teacher is sealed by a checksum.",
+    "It was chosen before any scene was looked at.",
+    "A control is no replication of it.",
+    "The numbers stand beside each other.",
+    "Nobody wrote it.",
+]
+GOOD = [
+    "If you have a copy of NLVR, set NLVR_FOLDER to its folder.",
+    "Values of different kinds cannot be compared.",
+    "There is no layer 9 in this model.",
+    "Run the same command again, and the training resumes.",
+    "What does the teacher see in a padded patch?",
+    "The checksum is computed before the first step and verified after the last.",
+]
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_an_odd_sentence_is_found(sentence):
+    assert odd(sentence)
+
+
+@pytest.mark.parametrize("sentence", GOOD)
+def test_a_plain_sentence_is_left_alone(sentence):
+    assert odd(sentence) == []
+
+
+def test_messages_comments_and_names_are_searched():
+    source = 'def told(below):\n    "Who has it can name it."\n    raise ValueError("the forecast tells this")  # is sealed'
+    assert len([hit for text in texts(source) for hit in odd(text)]) >= 3
+    assert [name for name, _ in odd_names(source)] == ["below", "told"]
+    assert odd("Code such as `looked at` and $looked at$ is left alone.") == []
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]) if sys.argv[1:] else FILES:
+        for line in findings(path.resolve()):
+            print(f"{path.resolve().relative_to(ROOT)}: {line}")
