@@ -15,7 +15,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 
 
 def train_command(recipe: str, data: Path, output: Path, *settings: str, processes: int = 1) -> list[str]:
-    """`accelerate launch -m aligned_mllm.training.run ...`, on CPU. With --cpu alone accelerate starts
+    """`accelerate launch -m aligned_mllm.train ...`, on CPU. With --cpu alone accelerate starts
     one process, however many are asked for."""
     launch = [
         sys.executable,
@@ -33,7 +33,7 @@ def train_command(recipe: str, data: Path, output: Path, *settings: str, process
         "--main_process_port",
         "0",
         "-m",
-        "aligned_mllm.training.run",
+        "aligned_mllm.train",
     ]
     settings = (*settings, "use_cpu=true")
     return [

@@ -30,7 +30,7 @@ BAD = {  # for each command words that argparse takes and the command must refus
     "aligned_mllm.training.launch": ["--output", "FILE"],
     "aligned_mllm.worlds.train_parts": ["--output", "FILE"],
     "aligned_mllm.site.build": ["--root", "FILE/nowhere", "--output", "FILE"],
-    "aligned_mllm.training.run": [
+    "aligned_mllm.train": [
         "--recipe",
         "scenes_viral",
         "--data",
@@ -38,7 +38,7 @@ BAD = {  # for each command words that argparse takes and the command must refus
         "--output",
         "FILE",
         "--set",
-        "align_layers=many",
+        "viral.layers=many",
     ],
 }
 

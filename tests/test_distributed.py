@@ -16,17 +16,12 @@ from aligned_mllm.core import InputError, load_json
 from aligned_mllm.data.collate import Collator
 from aligned_mllm.training.launch import deepspeed_config, fsdp_config, launch_config, write_configs
 from aligned_mllm.models.taps import Taps, decoder_layers
-from aligned_mllm.objectives.viral import minus_cosine
+from aligned_mllm.objectives.alignment import minus_cosine
 from aligned_mllm.training.config import configured
-from aligned_mllm.training.run import (
-    AlignedModel,
-    as_sharded,
-    load_aligned,
-    run,
-    save_aligned,
-    trainer_of,
-    with_targets,
-)
+from aligned_mllm.train import run
+from aligned_mllm.training.checkpoint import as_sharded, load_aligned, save_aligned
+from aligned_mllm.training.model import AlignedModel, with_targets
+from aligned_mllm.training.run import trainer_of
 
 FEW = {
     "max_steps": 3,
@@ -64,12 +59,18 @@ def step(trainer, samples, side: str = "right"):
     "Terms by name (per unit) and gradients of one forward and backward pass."
     batch = Collator(trainer.processing_class.tokenizer.pad_token_id, side)(samples)
     trainer.model.zero_grad()
-    terms = trainer.model(with_targets(batch, trainer.targets))["terms"]
+    terms = trainer.model(targeted(trainer.model, batch))["terms"]
     sum(term.weight * term.mean for term in terms).backward()
     gradients = {
         name: value.grad.clone() for name, value in trainer.model.named_parameters() if value.grad is not None
     }
     return {term.name: term.mean.item() for term in terms}, gradients
+
+
+def targeted(model, batch: dict) -> dict:
+    "The batch with the targets of the model's objectives."
+    (found,) = with_targets([batch], model.objectives.values())
+    return found
 
 
 def apart(one: dict, other: dict) -> float:
@@ -262,15 +263,15 @@ def test_bfloat16_weights(small_data, tmp_path):
     assert (
         {value.dtype for value in trainer.model.student.parameters()}
         == {torch.bfloat16}
-        == {value.dtype for value in trainer.targets.teacher.model.parameters()}
+        == {value.dtype for value in trainer.model.objectives["viral"].source.teacher.model.parameters()}
     )
-    assert {value.dtype for value in trainer.model.objective.parameters()} == {torch.float32}
-    batch = with_targets(Collator(trainer.processing_class.tokenizer.pad_token_id)(samples), trainer.targets)
+    assert {value.dtype for value in trainer.model.objectives.parameters()} == {torch.float32}
+    batch = targeted(trainer.model, Collator(trainer.processing_class.tokenizer.pad_token_id)(samples))
     trainer.model.eval()
     with torch.no_grad(), Taps(trainer.model.student, [3]) as taps:
         term = trainer.model(batch)["terms"][1]
-    head = trainer.model.objective.projector.double()
-    reference = minus_cosine(head(taps.states(3, batch["visual_mask"]).double()), batch["targets"].double())
+    head = trainer.model.objectives["viral"].projector.double()
+    reference = minus_cosine(head(taps.states(3, batch["visual_mask"]).double()), batch["targets"]["viral"]["features"].double())
     head.float()
     assert term.total.dtype == torch.float32 and abs(term.total - reference) / term.count < 1e-6
     trainer.train()
@@ -312,12 +313,12 @@ def sharded(rank: int, port: int, data: str, folder: str, adapters: bool) -> Non
         is_main_process=rank == 0,
     )
     model = fsdp2_prepare_model(stand_in, trainer.model)
-    model.expect_sharing()
+    model.use_every_weight()
     shares = [samples[0::3] + samples[2::3], samples[1::3]][
         rank
     ]  # all text-only samples in the second process
     batch = Collator(trainer.processing_class.tokenizer.pad_token_id)(shares)
-    terms = model(with_targets(batch, trainer.targets))["terms"]
+    terms = model(targeted(model, batch))["terms"]
     counts = torch.tensor([float(term.count) for term in terms])
     losses = {}
     torch.distributed.all_reduce(counts)

@@ -13,7 +13,7 @@ from tiny_models import WORDS, bytes_tokenizer, text_sizes, vision_sizes
 
 from aligned_mllm.core import load_json, seed_everything
 from aligned_mllm.models.compose import CHATS, composed_model, load_model
-from aligned_mllm.training.run import run
+from aligned_mllm.train import run
 
 FEW = {
     "max_steps": 2,

@@ -19,7 +19,8 @@ from aligned_mllm.models.compose import (
 )
 from aligned_mllm.models.residual import RESIDUALS, add_residual
 from aligned_mllm.models.taps import Taps
-from aligned_mllm.objectives.viral import KINDS, SCHEDULES, Viral, no_alignment, scheduled_weight
+from aligned_mllm.objectives.alignment import KINDS, SCHEDULES, scheduled_weight, spatially_normalised
+from aligned_mllm.objectives.viral import Viral
 
 GRIDS = torch.tensor([[3, 4], [5, 5], [2, 3]])  # three views of different sizes
 V = int(GRIDS.prod(1).sum())
@@ -86,7 +87,7 @@ def reference(objective: Viral, states, targets, keep=None):
 def test_every_variant_agrees_with_double_precision(kind, projectors, masked):
     states, targets, keep = batch()
     objective = Viral(D, T, [2, 3], hidden=9, kind=kind, projectors=projectors)
-    term = objective(states, targets, keep if masked else None, GRIDS)
+    term = objective.compare(states, targets, keep if masked else None, GRIDS)
     term.mean.backward()
     mean, by_layer, by_weight = reference(objective, states, targets, keep if masked else None)
     assert term.count == (int(keep.sum()) if masked else V) and abs(term.mean.item() - mean) < 1e-6
@@ -115,13 +116,8 @@ def test_the_default_is_bit_for_bit_what_it_was():
                 was["projector"](states[layer]).float(), targets.float(), dim=-1
             ).sum()
         )
-    term = now(states, targets)
-    assert torch.equal(term.total, total / 2) and (term.name, term.count, term.unit, term.weight) == (
-        "viral",
-        V,
-        "visual",
-        0.5,
-    )
+    term = now.compare(states, targets)
+    assert torch.equal(term.total, total / 2) and (term.name, term.count, term.weight) == ("viral", V, 0.5)
     (total / 2).backward()
     term.total.backward()
     assert all(torch.equal(one.grad, other.grad) for one, other in zip(now.parameters(), was.parameters()))
@@ -131,7 +127,7 @@ def test_equal_views_average_their_matrices():
     seed_everything(0)
     h = torch.randn(18, D)
     y = torch.randn(18, T)
-    found = Viral(D, T, [1], kind="relation")({1: h}, y, grids=torch.tensor([[3, 3], [3, 3]])).mean
+    found = Viral(D, T, [1], kind="relation").compare({1: h}, y, grids=torch.tensor([[3, 3], [3, 3]])).mean
     matrices = [
         [nn.functional.cosine_similarity(x[None], x[:, None], dim=-1) for x in value.split(9)]
         for value in (h, y)
@@ -144,12 +140,12 @@ def test_equal_views_average_their_matrices():
 def test_what_is_masked_has_no_influence(kind):
     states, targets, keep = batch()
     objective = Viral(D, T, [2, 3], hidden=9, kind=kind)
-    first = objective(states, targets, keep, GRIDS).total
+    first = objective.compare(states, targets, keep, GRIDS).total
     with torch.no_grad():
         for value in (targets, *states.values()):
             value[~keep] = 1e4 * torch.randn_like(value[~keep])
-    assert torch.equal(objective(states, targets, keep, GRIDS).total, first)
-    nothing = objective(states, targets, torch.zeros(V, dtype=torch.bool), GRIDS)
+    assert torch.equal(objective.compare(states, targets, keep, GRIDS).total, first)
+    nothing = objective.compare(states, targets, torch.zeros(V, dtype=torch.bool), GRIDS)
     assert nothing.count == 0 and nothing.total == 0 and nothing.mean == 0
 
 
@@ -157,13 +153,13 @@ def test_what_is_masked_has_no_influence(kind):
 def test_parts_of_a_batch_add_up(kind):
     states, targets, keep = batch()
     objective = Viral(D, T, [2, 3], hidden=9, kind=kind)
-    whole = objective(states, targets, keep, GRIDS)
+    whole = objective.compare(states, targets, keep, GRIDS)
     edges = [0, 12, 37, V]
     terms = []
     for view in range(3):
         part = slice(edges[view], edges[view + 1])
         terms.append(
-            objective(
+            objective.compare(
                 {layer: value[part] for layer, value in states.items()},
                 targets[part],
                 keep[part],
@@ -189,8 +185,8 @@ def test_schedules_follow_their_formulas(progress):
         objective = Viral(D, T, [2], 0.5, 9, schedule=kind)
         objective.progress = progress
         assert (
-            objective(states, targets).weight
-            == no_alignment(objective).weight
+            objective.compare(states, targets).weight
+            == objective.empty().weight
             == scheduled_weight(0.5, kind, progress)
         )
     assert scheduled_weight(0.5, "warmup", 0.25, warmup=0.5) == 0.25
@@ -201,7 +197,7 @@ def test_a_frozen_projector_stays_and_is_saved(tmp_path):
 
     states, targets, _ = batch()
     objective = Viral(D, T, [2, 3], hidden=9, trainable=False)
-    objective(states, targets).total.backward()
+    objective.compare(states, targets).total.backward()
     assert (
         all(parameter.grad is None for parameter in objective.parameters()) and states[2].grad.abs().sum() > 0
     )
@@ -214,7 +210,7 @@ def test_a_frozen_projector_stays_and_is_saved(tmp_path):
     assert audit["trained"] == 0 and audit["frozen"] == sum(
         parameter.numel() for parameter in objective.parameters()
     )
-    assert not no_alignment(objective).total.requires_grad
+    assert not objective.empty().total.requires_grad
 
 
 def test_one_projector_or_one_each():
@@ -224,8 +220,8 @@ def test_one_projector_or_one_each():
     assert {name.rsplit(".", 2)[0] for name in each.state_dict()} == {"projector.2", "projector.3"}
     for layer in (2, 3):
         each.projector[str(layer)].load_state_dict(shared.projector.state_dict())
-    one = shared(states, targets)
-    other = each(states, targets)
+    one = shared.compare(states, targets)
+    other = each.compare(states, targets)
     assert torch.equal(one.total, other.total)
     one.total.backward()
     other.total.backward()
@@ -238,13 +234,13 @@ def test_half_precision_states_meet_a_single_precision_projector():
     states, targets, _ = batch()
     objective = Viral(D, T, [2, 3], hidden=9)
     half = {layer: value.detach().bfloat16().requires_grad_() for layer, value in states.items()}
-    term = objective(half, targets.bfloat16())
+    term = objective.compare(half, targets.bfloat16())
     term.total.backward()
     assert term.total.dtype == torch.float32 and half[2].grad.dtype == torch.bfloat16
-    assert abs(term.mean - objective(states, targets).mean) < 0.01
+    assert abs(term.mean - objective.compare(states, targets).mean) < 0.01
     with torch.autocast("cpu", torch.bfloat16):
-        blurred = Viral(D, T, [2], kind="relation")(states, targets, grids=GRIDS).total
-    assert torch.equal(blurred, Viral(D, T, [2], kind="relation")(states, targets, grids=GRIDS).total)
+        blurred = Viral(D, T, [2], kind="relation").compare(states, targets, grids=GRIDS).total
+    assert torch.equal(blurred, Viral(D, T, [2], kind="relation").compare(states, targets, grids=GRIDS).total)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +265,7 @@ def test_unknown_settings_are_refused(setting):
 )
 def test_what_does_not_fit_is_refused(kind, targets, keep, grids):
     with pytest.raises(InputError):
-        Viral(D, T, [2], hidden=9, kind=kind)(batch()[0], targets, keep, grids)
+        Viral(D, T, [2], hidden=9, kind=kind).compare(batch()[0], targets, keep, grids)
 
 
 # residuals
@@ -349,7 +345,7 @@ def features_of(model, kind: str, pixels):
 
 
 @pytest.mark.parametrize("kind", RESIDUALS)
-def test_a_residual_adds_exactly_the_features_at_visual_positions(kind):
+def test_a_residual_adds_exactly_the_features_at_positions(kind):
     plain = small_model()[0]
     model = small_model()[0]
     inputs = inputs_of(model)

@@ -15,11 +15,12 @@ from aligned_mllm.data.records import Records
 from aligned_mllm.training.estimate import words_in
 from aligned_mllm.models.compose import composed_model, load_model
 from aligned_mllm.training.papers.viral import ROWS, paper_recipe, paper_recipe_names, sources_of, stage1_of
-from aligned_mllm.training.dry_run import forecast_of
+from aligned_mllm.training.dry_run import dry_run
 from aligned_mllm.training.smoke_test import tiny_data, tiny_settings
 from aligned_mllm.training.config import configured
 from aligned_mllm.training.published import PUBLISHED
-from aligned_mllm.training.run import main, rehearse
+from aligned_mllm.train import main
+from aligned_mllm.training.run import smoke_test
 
 FEW = {"use_cpu": True, "max_steps": 2}
 ALL_ROWS = bool(os.environ.get("ALL_ROWS"))  # every row, in two minutes; otherwise those that differ in kind
@@ -45,7 +46,7 @@ REHEARSED = (
 
 
 def forecast(name, **settings) -> dict:
-    return forecast_of(name, configured(name, "", "", {"use_cpu": True, **settings}), settings)
+    return dry_run(name, configured(name, "", "", {"use_cpu": True, **settings}), settings)
 
 
 @pytest.fixture
@@ -82,8 +83,8 @@ def test_every_row_has_a_forecast(name, no_network):
     found = forecast(name)
     assert found["Steps"]["steps"] == (2181 if name.startswith("viral_stage1") else 5198)
     assert found["What trains"]["vision_tower"].startswith("trained 0,")
-    assert ("alignment" in found["What trains"]) == bool(paper_recipe(name).get("align_weight"))
-    assert found["Teacher"].get("features", "coincide") == "coincide"
+    assert ("viral" in found["What trains"]) == bool(paper_recipe(name).get("viral.weight"))
+    assert found.get("Objective viral", {}).get("features", "coincide") == "coincide"
     assert set(found["Settings"]) >= set(paper_recipe(name))
 
 
@@ -131,9 +132,7 @@ def test_counts_are_those_made_by_hand(row, projector, trained, alignment, token
     found = forecast(f"viral_{row}")
     assert found["What trains"]["projector"].startswith(f"trained {projector:,},")
     assert found["What trains"]["language_model"].startswith(f"trained {trained:,},")
-    assert found["What trains"].get("alignment") == (
-        f"trained {alignment:,}, frozen 0" if alignment else None
-    )
+    assert found["What trains"].get("viral") == (f"trained {alignment:,}, frozen 0" if alignment else None)
     assert found["A sample"]["visual tokens"].startswith(f"{tokens} ") and found["Steps"]["steps"] == 5198
     if row == "table1_vicuna7b_clip_viral":
         assert round(alignment / 1e6, 2) == 14.16
@@ -161,7 +160,7 @@ def test_memory_follows_its_formula():
 
 def test_the_command_says_it_without_touching_anything(tmp_path, monkeypatch, capsys, no_network):
     monkeypatch.chdir(tmp_path)
-    assert main(["--recipe", "viral_table3_layer28", "--dry-run", "--set", "align_weight=0.25"]) == 0
+    assert main(["--recipe", "viral_table3_layer28", "--dry-run", "--set", "viral.weight=0.25"]) == 0
     said = capsys.readouterr().out
     assert (
         "5,198" in said
@@ -172,18 +171,18 @@ def test_the_command_says_it_without_touching_anything(tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
     assert main(["--recipe", "scenes_lora_viral", "--dry-run"]) == 0
     assert "trained 8,320" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
-    assert main(["--recipe", "viral_table3_layer28", "--dry-run", "--set", "align_layers=[33]"]) == 2
-    assert main(["--recipe", "viral_table2_sam", "--dry-run", "--set", "teacher=nobody/nothing"]) == 2
+    assert main(["--recipe", "viral_table3_layer28", "--dry-run", "--set", "viral.layers=[33]"]) == 2
+    assert main(["--recipe", "viral_table2_sam", "--dry-run", "--set", "viral.teacher=nobody/nothing"]) == 2
     assert "shape of 'nobody/nothing'" in capsys.readouterr().err
 
 
 def test_words_are_counted_where_the_records_are(tiny_world):
     data, _ = tiny_world
     name = "viral_table1_vicuna7b_clip_plain"
-    found = forecast_of(name, configured(name, data, "", {"use_cpu": True}))
+    found = dry_run(name, configured(name, data, "", {"use_cpu": True}))
     said = words_in(data / "llava_v1_5_mix665k.json")
     assert found["Steps"]["samples"] == said["samples"] == 12 and found["Steps"]["steps"] == 1
-    assert said["with_images"] == 0.75 and "75%" in found["A sample"]["with a picture"]
+    assert said["with_images"] == 0.75 and "75%" in found["A sample"]["with an image"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ def test_labels_are_the_answers_and_their_ends(tiny_world, name, begin, end):
 def test_rehearsal(row, tmp_path, no_network):
     name = f"viral_{row}"
     wanted = paper_recipe(f"viral_{row}")
-    folder = rehearse(name, tmp_path / "run", FEW)
+    folder = smoke_test(name, tmp_path / "run", FEW)
     stage1 = tmp_path / "run_tiny" / "stage1"
     done = load_json(folder / "done.json")
     config = load_json(folder / "config.json")
@@ -232,24 +231,26 @@ def test_rehearsal(row, tmp_path, no_network):
         "model",
         "language_model",
         "vision_tower",
-        "teacher",
-        "align_layers",
-        "align_projector_width",
         "residual_layer",
         "lora_rank",
         "lora_alpha",
         "global_batch_size",
         "compile_layers",
     }
-    assert {key: config[key] for key in same} == {key: wanted[key] for key in same}
-    assert len(config["align_layers"]) == len(wanted.get("align_layers", [3]))
+    plain = {key for key in same if "." not in key}
+    assert {key: config[key] for key in plain} == {key: wanted[key] for key in plain}
+    objectives = {
+        f"{label}.{key}": value for label, each in config["objectives"].items() for key, value in each.items()
+    }
+    own = {key for key in same - plain if key not in ("viral.teacher", "viral.layers", "viral.hidden")}
+    assert {key: objectives[key] for key in own} == {key: wanted[key] for key in own}
+    if wanted.get("viral.weight"):
+        assert len(objectives["viral.layers"]) == len(wanted["viral.layers"])
     curves = pd.read_csv(folder / "curves.csv")
     assert curves[curves.name == "loss"].value.notna().all() and len(curves[curves.name == "loss"]) == 2
-    if wanted.get("align_weight"):
+    if wanted.get("viral.weight"):
         assert curves[curves.name == "loss_viral"].value.abs().gt(1e-6).all()
-        assert (load_json(folder / "teachers.json").get("before") is None) == (
-            wanted["teacher"] == "encoder_projected"
-        )
+        assert (load_json(folder / "teachers.json") == {}) == (wanted["viral.teacher"] == "encoder_projected")
     model, processor = load_model(folder / "model")
     assert type(model.model.language_model).__name__.startswith(
         "Qwen2" if "Qwen" in wanted["language_model"] else "Llama"
@@ -275,7 +276,7 @@ def test_rehearsal(row, tmp_path, no_network):
 
 def test_what_cannot_be_rehearsed_is_said(tmp_path):
     with pytest.raises(InputError, match="small recipes are small already"):
-        rehearse("scenes_viral", tmp_path / "run")
+        smoke_test("scenes_viral", tmp_path / "run")
     with pytest.raises(SystemExit):
         main(["--recipe", "viral_table2_sam", "--tiny"])
     assert set(PUBLISHED) >= {

@@ -19,16 +19,12 @@ from aligned_mllm.objectives.viral import Viral
 from aligned_mllm.training.papers.viral import FAST, paper_recipe, paper_recipe_names
 from aligned_mllm.teachers.targets import Targets
 from aligned_mllm.teachers.vision import load_teacher
-from aligned_mllm.training.build import keep_trained
+from aligned_mllm.training.build import cast_trained_weights
 from aligned_mllm.training.config import configured
-from aligned_mllm.training.run import (
-    AlignedModel,
-    LengthOrder,
-    load_aligned,
-    save_aligned,
-    trainer_of,
-    with_targets,
-)
+from aligned_mllm.training.checkpoint import load_aligned, save_aligned
+from aligned_mllm.training.model import AlignedModel, with_targets
+from aligned_mllm.training.run import trainer_of
+from aligned_mllm.training.trainer import LengthOrder
 
 FEW = {
     "max_steps": 2,
@@ -82,11 +78,17 @@ def step(trainer, model):
     )
     assert len(set((batch["labels"] != collate.IGNORED).sum(1).tolist())) > 1
     model.zero_grad()
-    loss = sum(term.weight * term.mean for term in model(with_targets(batch, trainer.targets))["terms"])
+    loss = sum(term.weight * term.mean for term in model(targeted(model, batch))["terms"])
     loss.backward()
     return loss.item(), {
         name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
     }
+
+
+def targeted(model, batch: dict) -> dict:
+    "The batch with the targets of the model's objectives."
+    (found,) = with_targets([batch], model.objectives.values())
+    return found
 
 
 def apart(one, other) -> float:
@@ -121,10 +123,10 @@ def test_supervised_logits_are_the_full_ones(mixed_data, tmp_path):
     trainer = made(mixed_data, tmp_path)
     trainer.model.train()
     student = trainer.model.student
-    objective = trainer.model.objective
+    objectives = list(trainer.model.objectives.values())
     loss, gradients = step(trainer, trainer.model)
-    full = AlignedModel(student, objective, supervised_logits=False)
-    old = AlignedModel(Old(student), objective)
+    full = AlignedModel(student, objectives, supervised_logits=False)
+    old = AlignedModel(Old(student), objectives)
     assert trainer.model.supervised_logits and not full.supervised_logits and not old.supervised_logits
     for model in (full, old):
         other, found = step(trainer, model)
@@ -285,7 +287,7 @@ def test_features_stay_where_they_were_made(mixed_data, tmp_path):
     for room, expected in ((0, set()), (64, {"cpu"})):
         targets = Targets(teacher, cache_mib=room)
         with Watch():
-            with_targets(batch, targets)
+            targets(batch)
         assert set(seen) == (expected if room else set())
 
 
@@ -298,7 +300,7 @@ def test_only_counted_tokens_are_projected():
     keep = torch.tensor([True, False] * 5)
     calls = []
     objective.projector.register_forward_hook(lambda _, arguments, output: calls.append(len(output)))
-    term = objective({2: states}, targets, keep)
+    term = objective.compare({2: states}, targets, keep)
     term.total.backward()
     reference = -(nn.functional.cosine_similarity(objective.projector(states), targets)[keep]).sum()
     assert calls[0] == 5 == term.count and abs(term.total - reference) < 1e-6
@@ -322,5 +324,5 @@ def test_recipes_and_benchmark_share_their_settings(monkeypatch):
 def test_adapters_do_not_widen_their_input():
     layer = nn.Linear(2, 2)
     layer.cast_input_dtype_enabled = True
-    keep_trained(layer, torch.float64)
+    cast_trained_weights(layer, torch.float64)
     assert layer.weight.dtype == torch.float64 and layer.cast_input_dtype_enabled is False

@@ -19,7 +19,9 @@ from teacher_checks import DEVIATION, MEAN, PATCH, VISION, checked, tiny
 from aligned_mllm.core import InputError, checksum, seed_everything
 from aligned_mllm.teachers.cache import FeatureCache
 from aligned_mllm.teachers.families import FAMILIES
-from aligned_mllm.teachers.targets import OwnProjection, Targets, position_mean, whole_pictures
+from aligned_mllm.models.taps import Taps
+from aligned_mllm.objectives.viral import Viral
+from aligned_mllm.teachers.targets import Pairing, Targets, position_mean, whole_images
 from aligned_mllm.teachers.vision import (
     Teacher,
     encoder_teacher,
@@ -255,7 +257,7 @@ def test_interpolated_features_are_used_where_grids_differ(teachers):
     plan = limited.plan((6, 6))
     assert plan["features"] == "interpolate" and plan["teacher_grid"] == [4, 4]
     pixels = limited.pixels_of_view(noise(60, 60), (0, 0, 1, 1), (6, 6))
-    values, keep = Targets(limited)(whole_pictures(["a"], [pixels], (6, 6)))
+    values, keep = Targets(limited)(whole_images(["a"], [pixels], (6, 6)))
     assert (
         torch.allclose(values, on_grid(teachers["dinov2"].features([pixels])[0], (4, 4), (6, 6)), atol=1e-6)
         and len(keep) == 36
@@ -486,7 +488,7 @@ def test_controls_of_mixed_views(teachers):
     own = Targets(teacher).features(batch)
     mean = position_mean(torch.stack([own[0], own[1]]))
     made = {
-        kind: Targets(teacher, kind, mean)(batch)
+        kind: Targets(teacher, Pairing(kind, mean))(batch)
         for kind in ("other_image", "position_mean", "mean_removed", "mean_removed_other")
     }
     partners = [1, 3, 4, 1, 2]  # the next of another picture on the same grid
@@ -532,17 +534,18 @@ def test_own_projection_follows_the_projector(parts):
     batch = {
         **given,
         "visual_mask": given["input_ids"] == processor.image_token_id,
-        **whole_pictures(["a"], torch.zeros(1, 3, 2, 2), (5, 5)),
+        **whole_images(["a"], torch.zeros(1, 3, 2, 2), (5, 5)),
     }
     own = encoder_teacher(model, processor)
     raw = own.features([own.pixels_of_view(noise(40, 40), WHOLE, (5, 5))])[0]
+    objective = Viral(model.config.get_text_config().hidden_size, 24, [1], source=Pairing())
     for _ in range(2):
-        values, keep = OwnProjection(model)(batch)
-        assert (
-            torch.allclose(values, model.model.multi_modal_projector(raw), atol=1e-4)
-            and keep.all()
-            and not values.requires_grad
-        )
+        (target,) = objective.targets([batch])
+        with Taps(model, [0]) as taps:
+            model(**given)
+        values = objective.input_features(taps.states(0, batch["visual_mask"]), target)
+        assert torch.allclose(values, model.model.multi_modal_projector(raw), atol=1e-4)
+        assert target["keep"].all() and target.count == 25 and not values.requires_grad
         with torch.no_grad():
             model.model.multi_modal_projector.linear_2.weight.mul_(-3)
     assert own.verify() and not model.model.language_model.layers[0]._forward_pre_hooks

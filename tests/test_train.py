@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, checksum, load_json
 from aligned_mllm.training.config import configured, parsed_setting
-from aligned_mllm.training.run import run, trainer_of
+from aligned_mllm.train import run
+from aligned_mllm.training.run import trainer_of
 
 FEW = {
     "max_steps": 6,
@@ -50,13 +51,14 @@ def test_a_run_folder_tells_all(one_run):
         "curves.csv",
         "left_out.csv",
         "model",
-        "alignment.safetensors",
+        "objectives.safetensors",
         "done.json",
     } <= names
     assert not list(one_run.glob("checkpoint-*"))
-    teachers = load_json(one_run / "teachers.json")
+    teachers = load_json(one_run / "teachers.json")["viral"]
     assert teachers["before"] == teachers["after"] != ""
-    assert load_json(one_run / "config.json")["align_layers"] == [3]
+    assert load_json(one_run / "config.json")["objectives"]["viral"]["layers"] == [3]
+    assert load_json(one_run / "objectives.json")["viral"]["teacher"] == "dense"
     assert set(pd.read_csv(one_run / "curves.csv").name) >= {
         "loss",
         "loss_text",
@@ -131,7 +133,7 @@ def test_killed_and_run_again_is_bit_equal(small_data, tmp_path):
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "done.json").exists()
     again = train("scenes_viral", small_data, tmp_path / "killed", *words)
     assert again.returncode == 0 and load_json(tmp_path / "killed" / "done.json")["resumed"]
-    for name in ("model/model.safetensors", "alignment.safetensors", "curves.csv"):
+    for name in ("model/model.safetensors", "objectives.safetensors", "curves.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 
 
@@ -201,13 +203,15 @@ def test_lora_trains_and_merges(small_data, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["align_layer=3"], "align_layers"),
-        (["align_layers=[9]"], "0 to 6|0..6|layer"),
+        (["viral.layer=3"], "viral.layers"),
+        (["viral.layers=[9]"], "0 to 6|0..6|layer"),
         (["max_steps=many"], "value of type"),
         (["records=nothing.jsonl"], "nothing.jsonl"),
-        (["teacher=./nobody"], "nobody"),
-        (["align_target=another"], "align_target"),
-        (["align_layers=3"], "list"),
+        (["viral.teacher=./nobody"], "nobody"),
+        (["viral.target=another"], "viral.target"),
+        (["viral.teacher="], "viral.weight without a teacher"),
+        (["virral.layers=[3]"], "perhaps viral"),
+        (["viral.layers=3"], "list"),
         (["max_steps=1.5"], "int"),
         (["optim=foo"], "foo"),
         (["model=runs/nothing/model"], "runs/nothing/model"),
@@ -215,7 +219,7 @@ def test_lora_trains_and_merges(small_data, tmp_path):
     ],
 )
 def test_bad_settings_stop_before_the_first_step(small_data, tmp_path, words, message, capsys):
-    from aligned_mllm.training.run import main
+    from aligned_mllm.train import main
 
     status = main(
         [
@@ -274,7 +278,7 @@ def test_a_folder_whose_run_never_began_is_free(small_data, tmp_path):
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys):
-    from aligned_mllm.training.run import main
+    from aligned_mllm.train import main
 
     assert main(["--recipe", "scenes_virral", "--data", "x", "--output", "y"]) == 2
     assert "scenes_viral" in capsys.readouterr().err
@@ -312,6 +316,6 @@ def test_a_full_disk_is_one_message_and_a_clean_resume(small_data, tmp_path):
 
 
 def test_settings_are_parsed_by_type():
-    assert parsed_setting("align_layers=[1,2]") == ("align_layers", [1, 2])
+    assert parsed_setting("viral.layers=[1,2]") == ("viral.layers", [1, 2])
     assert parsed_setting("with_images=False") == ("with_images", False)
-    assert parsed_setting("teacher=3") == ("teacher", "3")
+    assert parsed_setting("viral.teacher=3") == ("viral.teacher", "3")
