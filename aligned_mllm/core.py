@@ -62,7 +62,7 @@ class InputError(ValueError):
 def refusal(
     hide: str | Path = "",  # a path of this machine, shown as FOLDER
 ) -> Iterator[None]:
-    "Print the InputError that the block raises; raises AssertionError if it raises none. For lessons and tests."
+    "For lessons and tests: print the InputError of the block; raises AssertionError if there is none."
     try:
         yield
     except InputError as error:

@@ -87,4 +87,4 @@ def test_the_memory_limit_counts_the_pixels_of_views(processor, records):
         value.nbytes for sample in free for value in sample.values() if isinstance(value, torch.Tensor)
     )
     views = [view for sample in free for view in sample.get("view_pixels", {}).get("viral", ())]
-    assert free.room == 16 * 2**20 - used - sum(view.nbytes for view in views)
+    assert free.memory_left == 16 * 2**20 - used - sum(view.nbytes for view in views)

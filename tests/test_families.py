@@ -207,7 +207,7 @@ def test_taps_are_transformers_own_hidden_states():
 def test_what_cannot_be_encoded_is_said():
     class MllamaProcessor: ...
 
-    for processor, words in ((MllamaProcessor(), "cross-attention"), (object(), "nobody has said")):
+    for processor, words in ((MllamaProcessor(), "cross-attention"), (object(), "it is not known")):
         with pytest.raises(InputError, match=words):
             layout_of(processor)
     processor = tiny("gemma3")[1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PER_TOKEN', 'IGNORED', 'messages_of', 'answer_spans', 'run_processor', 'encode']
 
-# %% ../../nbs/lib/data/15_encode.ipynb #5a85852c
+# %% ../../nbs/lib/data/15_encode.ipynb #4e6559b7
 import re
 from collections.abc import Callable, Sequence
 
@@ -19,8 +19,8 @@ from .views import layout_of, views_of_images
 
 # %% ../../nbs/lib/data/15_encode.ipynb #547af69c
 def messages_of(
-    record: Record,  # what was said
-    with_images: bool = True,  # False drops the pictures: a blind conversation
+    record: Record,  # the conversation
+    with_images: bool = True,  # False drops the images: a blind conversation
     with_last_answer: bool = True,  # False ends with the last question, for a model to answer
 ) -> list[dict]:
     "A record as chat messages with image and text parts."
@@ -41,8 +41,8 @@ def answer_spans(
     messages: list[dict],  # a conversation
     render: Callable[..., str],  # the processor's `apply_chat_template`
 ) -> list[tuple[int, int]]:
-    """Begin and end of every answer in the rendered text, in characters. Raises InputError for a template
-    without stable prefixes."""
+    """Start and end of every answer in the rendered text, in characters. Raises InputError for a template
+    that rewrites earlier turns."""
     whole = render(messages)
     spans = []
     for index, message in enumerate(messages):
@@ -52,53 +52,24 @@ def answer_spans(
         through = render(messages[: index + 1])
         if not whole.startswith(before) or not whole.startswith(through):
             raise InputError(
-                f"the chat template renders the start of a conversation differently when more follows (at message {index})",
-                "a template whose text only grows",
+                "the chat template renders the start of a conversation differently when more follows "
+                f"(at message {index})",
+                "a template that only appends text",
                 "use another chat template, or one turn per record",
             )
         spans.append((len(before), len(through)))
     return spans
 
-# %% ../../nbs/lib/data/15_encode.ipynb #7b6c146a
-def _expanded_position(
-    place: int,  # a character of the rendered text
-    text: str,  # the rendered text
-    processor,  # of a family in data.views.LAYOUTS
-    ends: list[
-        int
-    ],  # where the last visual token of each picture ends, in characters of the processor's own text
-) -> int:
-    "Where a character of the rendered text lies in the text that the processor made of it, pictures and all."
-    layout = layout_of(processor)
-    token = processor.image_token
-    before = text[:place].count(token)
-    shift = len(processor.tokenizer.bos_token) if layout.prefix_lm and before == len(ends) else 0
-    if before == 0:
-        return place + shift
-    start = [match.end() for match in re.finditer(re.escape(token), text)][before - 1]
-    return ends[before - 1] + len(layout.tail(processor)) + shift + place - start
-
-# %% ../../nbs/lib/data/15_encode.ipynb #5e5179e4
-def _without_closing_blanks(
-    begin: int,  # of an answer, in characters
-    end: int,
-    text: str,
-    tokenizer,
-) -> int:
-    "The end of an answer without the blanks behind its end-of-turn token, if it has such a token."
-    shorter = text[begin:end].rstrip()
-    closing = any(
-        token.special and shorter.endswith(token.content) for token in tokenizer.added_tokens_decoder.values()
-    )
-    return begin + len(shorter) if closing else end
+# %% ../../nbs/lib/data/15_encode.ipynb #606a6a22
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # entries of some processors with one value per token
 
 # %% ../../nbs/lib/data/15_encode.ipynb #629a0152
 def run_processor(
     text: str,  # from the chat template
-    images: Sequence[Image.Image],  # its pictures
+    images: Sequence[Image.Image],  # its images
     processor,  # of a family in data.views.LAYOUTS
 ) -> dict[str, Tensor]:
-    """What the model's own processor makes of a conversation: input_ids, offset_mapping, pixel_values,
+    """The output of the model's own processor for a conversation: input_ids, offset_mapping, pixel_values,
     ..., each with a first axis of 1 or I or tiles."""
     bos = processor.tokenizer.bos_token
     settings = {
@@ -109,82 +80,94 @@ def run_processor(
     if not layout_of(processor).prefix_lm:
         return dict(processor(text=text, images=[list(images)] if images else None, **settings))
     if not images:
-        return dict(
-            processor.tokenizer(
-                bos + text, **(settings | {"add_special_tokens": False}), return_token_type_ids=True
-            )
-        )
+        settings |= {"add_special_tokens": False, "return_token_type_ids": True}
+        return dict(processor.tokenizer(bos + text, **settings))
     inputs = dict(processor(text=text.removesuffix("\n"), images=[list(images)], **settings))
     inputs.pop("labels", None)
-    if not text.endswith("\n"):  # the newline that the processor adds
-        inputs |= {
-            name: inputs[name][:, :-1]
-            for name in ("input_ids", "offset_mapping", *PER_TOKEN)
-            if name in inputs
-        }
+    if not text.endswith("\n"):  # remove the newline that the processor adds
+        for name in ("input_ids", "offset_mapping", *PER_TOKEN):
+            if name in inputs:
+                inputs[name] = inputs[name][:, :-1]
     return inputs
 
-# %% ../../nbs/lib/data/15_encode.ipynb #606a6a22
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what some processors say of every token
+# %% ../../nbs/lib/data/15_encode.ipynb #7b6c146a
+def _expanded_position(
+    position: int,  # a character of the rendered text
+    text: str,  # the rendered text
+    processor,  # of a family in data.views.LAYOUTS
+    ends: list[int],  # end of the last visual token of each image, in characters of the processor's text
+) -> int:
+    "Where a character of the rendered text lies in the processor's text, in which images are expanded."
+    layout = layout_of(processor)
+    token = processor.image_token
+    before = text[:position].count(token)
+    shift = len(processor.tokenizer.bos_token) if layout.prefix_lm and before == len(ends) else 0
+    if before == 0:
+        return position + shift
+    start = [match.end() for match in re.finditer(re.escape(token), text)][before - 1]
+    return ends[before - 1] + len(layout.tail(processor)) + shift + position - start
+
+# %% ../../nbs/lib/data/15_encode.ipynb #5e5179e4
+def _answer_end(
+    begin: int,  # of an answer, in characters
+    end: int,
+    text: str,
+    tokenizer,
+) -> int:
+    "The end of an answer without the white space after its end-of-turn token, if it has such a token."
+    shorter = text[begin:end].rstrip()
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return begin + len(shorter) if any(shorter.endswith(token) for token in special) else end
+
+# %% ../../nbs/lib/data/15_encode.ipynb #e165c11c
+IGNORED = -100  # the label of a position that is not learnt; transformers' losses leave it out
 
 # %% ../../nbs/lib/data/15_encode.ipynb #b1e4501b
 def encode(
-    record: Record,  # what was said
-    images: Sequence[Image.Image],  # its pictures, in order; none makes the conversation blind
+    record: Record,  # the conversation
+    images: Sequence[Image.Image],  # its images, in order; none makes the conversation blind
     processor,  # of a family in data.views.LAYOUTS, with a chat template
     with_last_answer: bool = True,  # False: a prompt to be answered
 ) -> dict:
-    """Tensors of one sample: input_ids, labels, visual_mask (S,); grids (W, 2), boxes (W, 4), view_of
-    (W,) of its views; and what the model takes beside: pixel_values, ... Raises InputError."""
+    """Tensors of one sample: input_ids, labels, visual_mask (S,); grids (W, 2), boxes (W, 4), view_of (W,)
+    of its views; and the model's other inputs: pixel_values, ... Raises InputError."""
     layout = layout_of(processor)
     render = processor.apply_chat_template
     if not processor.chat_template:
-        raise InputError(
-            f"{type(processor).__name__} without a chat template",
-            "one",
-            "set processor.chat_template to the model's own format",
-        )
+        fault = f"{type(processor).__name__} without a chat template"
+        raise InputError(fault, "one", "set processor.chat_template to the model's own format")
     messages = messages_of(record, with_images=bool(images), with_last_answer=with_last_answer)
     text = render(messages) if with_last_answer else render(messages, add_generation_prompt=True)
     if text.count(processor.image_token) != len(images):
         raise InputError(
             f"{text.count(processor.image_token)} image tokens in the text of record {record.id!r} {record.where}",
             f"{len(images)}, one for each image",
-            "keep the image token out of the words themselves",
+            "remove the image token from the text itself",
         )
-    made = run_processor(text, images, processor)
-    offsets = made.pop("offset_mapping")[0]
-    ids = made.pop("input_ids")[0]
-    made.pop("attention_mask")
-    views = views_of_images(processor, images, made)
+    inputs = run_processor(text, images, processor)
+    offsets = inputs.pop("offset_mapping")[0]
+    ids = inputs.pop("input_ids")[0]
+    inputs.pop("attention_mask")
+    views = views_of_images(processor, images, inputs)
     visual_mask = ids == layout.token_id(processor)
-    labels = torch.full_like(ids, IGNORED)
     if visual_mask.sum() != len(views.patches):
         raise InputError(
             f"{visual_mask.sum()} placeholders for record {record.id!r} {record.where}",
-            f"{len(views.patches)}, by its pictures",
+            f"{len(views.patches)}, by its images",
             "use the processor that was saved with the model",
         )
-    ends = offsets[visual_mask.nonzero()[views.placeholders.cumsum(0) - 1, 0], 1].tolist()
+    last_placeholders = visual_mask.nonzero()[views.placeholders.cumsum(0) - 1, 0]
+    ends = offsets[last_placeholders, 1].tolist()
     visual_mask[visual_mask.clone()] = views.patches
+    labels = torch.full_like(ids, IGNORED)
     for begin, end in answer_spans(messages, render):
-        end = _without_closing_blanks(begin, end, text, processor.tokenizer)
-        begin, end = (_expanded_position(place, text, processor, ends) for place in (begin, end))
-        labels[(offsets[:, 1] > begin) & (offsets[:, 1] <= end)] = ids[
-            (offsets[:, 1] > begin) & (offsets[:, 1] <= end)
-        ]
-    made |= {name: made[name][0] for name in PER_TOKEN if name in made}
+        end = _answer_end(begin, end, text, processor.tokenizer)
+        begin = _expanded_position(begin, text, processor, ends)
+        end = _expanded_position(end, text, processor, ends)
+        answer = (offsets[:, 1] > begin) & (offsets[:, 1] <= end)
+        labels[answer] = ids[answer]
+    inputs |= {name: inputs[name][0] for name in PER_TOKEN if name in inputs}
     if layout.prefix_lm:
-        made["token_type_ids"] = ((labels != IGNORED).cumsum(0) > 0).long()
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "visual_mask": visual_mask,
-        "grids": views.grids,
-        "boxes": views.boxes,
-        "view_of": views.view_of,
-        **made,
-    }
-
-# %% ../../nbs/lib/data/15_encode.ipynb #e165c11c
-IGNORED = -100  # the label of a position that is not learnt; transformers' losses leave it out
+        inputs["token_type_ids"] = ((labels != IGNORED).cumsum(0) > 0).long()
+    view_tensors = {"grids": views.grids, "boxes": views.boxes, "view_of": views.view_of}
+    return {"input_ids": ids, "labels": labels, "visual_mask": visual_mask, **view_tensors, **inputs}

@@ -87,14 +87,15 @@ def explain(
     documented = callable(thing) and getattr(thing, "__module__", "") == module.__name__
     text = MarkdownRenderer._repr_markdown_(show_doc(thing)) if documented else ""
     text = re.sub(r"^\*([^*\n]+)\*$", r"\1", text, flags=re.M)  # nbdev sets the first line alone in italics
-    methods = [part for part, value in vars(thing).items() if callable(value)] if isinstance(thing, type) else []
-    anchors = [name, *(f"{name}.{method}" for method in methods)]  # nbdev's links lead to these
+    anchors = [name]  # nbdev's links lead to these
+    if isinstance(thing, type):
+        anchors += [f"{name}.{part}" for part, value in vars(thing).items() if callable(value)]
     marks = "".join(f'<a id="{anchor.lower()}"></a>' for anchor in anchors)
     return f"{marks}\n\n### {name}\n\n{text}", documented
 
 # %% ../../nbs/lib/site/10_convert.ipynb #1d7343ba
 def _with_explanations(cells: list, module) -> list:
-    "The cells of an NBProcessor, each exported one preceded by its explanation; cells of imports are dropped."
+    "The cells of an NBProcessor, an explanation before each exported one, without cells of imports."
     from execnb.nbio import mk_cell
 
     made = []
@@ -175,7 +176,7 @@ def link_pages(
 def drawable(
     output: dict,  # of a code cell
 ) -> dict:
-    "The output, with a plotly figure as data for the site's script, and a widget, which needs a kernel, as a note."
+    "The output, with a plotly figure as data for the site's script, and a note for a widget."
     data = output.get("data", {})
     if "application/vnd.jupyter.widget-view+json" in data:
         note = "(a widget: run the notebook to see it, 'make lab')"
