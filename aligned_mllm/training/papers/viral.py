@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAST', 'STAGE1', 'STAGE2', 'SHARED_SOURCES', 'MODELS', 'MODEL_SOURCES', 'TEACHERS', 'DEFAULT', 'MIDDLE', 'ROWS',
-           'paper_recipe', 'paper_recipe_names', 'stage1_of', 'sources_of']
+           'BOOK', 'paper_recipe', 'paper_recipe_names', 'stage1_of', 'sources_of', 'describe_row']
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #bf6f6b92
 from ...core import InputError
+from ..recipes import RecipeBook, register_book
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #bdb15559
 FAST = {
@@ -54,9 +55,15 @@ STAGE2 = {
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #86f08eea
 SHARED_SOURCES = {
     "stage": "paper, Section 5.1: LLaVA-1.5's two stages; scripts pretrain.sh and finetune_lora.sh",
-    "model": "ours: 'composed' builds a LlavaForConditionalGeneration from vision_tower and language_model; stage 2 starts from stage 1's model",
+    "model": (
+        "ours: 'composed' builds a LlavaForConditionalGeneration from vision_tower and language_model; "
+        "stage 2 starts from stage 1's model"
+    ),
     "records": "paper, App. A: LLaVA-558K, then LLaVA-665K; LLaVA's own files",
-    "global_batch_size": "stage 1: script, 8 x 32; stage 2: paper, App. A: 5.2K steps over 665,298 samples give 128 (the released 7B script would give 32)",
+    "global_batch_size": (
+        "stage 1: script, 8 x 32; stage 2: paper, App. A: 5.2K steps over 665,298 samples give 128 (the "
+        "released 7B script would give 32)"
+    ),
     "num_train_epochs": "scripts of both stages",
     "learning_rate": "scripts of both stages",
     "projector_learning_rate": "script of stage 2 (mm_projector_lr)",
@@ -65,26 +72,46 @@ SHARED_SOURCES = {
     "weight_decay": "scripts of both stages",
     "max_length": "scripts of both stages (model_max_length)",
     "bf16": "scripts of both stages",
-    "weights": "ours, as LLaVA's LoRA script has it (bf16 with bits 16): frozen weights and teacher rounded to bf16; no such rounding in a float32 run",
-    "trained_weights": "ours: float32, as DeepSpeed's copies in the scripts; bfloat16 would be faster and round small steps away",
+    "weights": (
+        "ours, as LLaVA's LoRA script has it (bf16 with bits 16): frozen weights and teacher rounded to "
+        "bf16; no such rounding in a float32 run"
+    ),
+    "trained_weights": (
+        "ours: float32, as DeepSpeed's copies in the scripts; bfloat16 would be faster and round small "
+        "steps away"
+    ),
     "compile_layers": "ours: torch.compile of each block; the same numbers up to rounding",
     "supervised_logits": "ours: logits where an answer token is learnt; the same loss",
     "use_cache": "ours: no key-value cache in training; nothing reads it",
     "optim": "ours: AdamW as in the scripts, PyTorch's fused version; the same numbers up to rounding",
-    "train_sampling_strategy": "ours, close to the scripts' group_by_modality_length: samples of about one length together; changes their order only",
+    "train_sampling_strategy": (
+        "ours, close to the scripts' group_by_modality_length: samples of about one length together; "
+        "changes their order only"
+    ),
     "pad_to_square": "scripts of both stages (image_aspect_ratio pad)",
     "lora_rank": "script of stage 2",
     "lora_alpha": "script of stage 2",
     "lora_dropout": "LLaVA's default, which the script of stage 2 leaves",
     "gradient_checkpointing": "scripts of both stages",
     "seed": "not disclosed; ours: transformers' default, and several by --seeds where an interval is wanted",
-    "align_weight": "paper, App. A: lambda = 0.5 by default; no sweep is published",
-    "align_layers": "paper, Table 3 and App. A for 7B: 16 of 32; for 13B and Qwen not disclosed; ours: the middle block, 20 of 40 and 14 of 28",
-    "align_projector_width": "released code, projector_dim",
-    "align_projector": "paper, Section 4: learnable (the released LoRA script freezes it by accident)",
-    "align_kind": "paper, Eq. 5: cosine; Table 5 and App. C: relation, on transformed states (the released code uses raw ones)",
-    "align_projectors": "not disclosed for several layers; ours: one shared projector, the released code's default",
-    "teacher": "paper, Table 2; sizes by the released code: DINOv2 ViT-B/14 at 336. RADIO: v2.5 needs code of its own; ours: the release in transformers' format",
+    "viral.weight": "paper, App. A: lambda = 0.5 by default; no sweep is published",
+    "viral.layers": (
+        "paper, Table 3 and App. A for 7B: 16 of 32; for 13B and Qwen not disclosed; ours: the middle "
+        "block, 20 of 40 and 14 of 28"
+    ),
+    "viral.hidden": "released code, projector_dim",
+    "viral.trainable": "paper, Section 4: learnable (the released LoRA script freezes it by accident)",
+    "viral.kind": (
+        "paper, Eq. 5: cosine; Table 5 and App. C: relation, on transformed states (the released code "
+        "uses raw ones)"
+    ),
+    "viral.projectors": (
+        "not disclosed for several layers; ours: one shared projector, the released code's default"
+    ),
+    "viral.teacher": (
+        "paper, Table 2; sizes by the released code: DINOv2 ViT-B/14 at 336. RADIO: v2.5 needs code of "
+        "its own; ours: the release in transformers' format"
+    ),
     "residual": "paper, Eq. 3 and Eq. 7, App. B",
     "residual_layer": "paper, App. B: layer 16",
 }
@@ -115,8 +142,14 @@ MODELS = {
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #eb76ade0
 MODEL_SOURCES = {
-    "language_model": "paper, Table 1; the Qwen checkpoint is not disclosed, ours: the instruction-tuned one, whose chat is the script's qwen_2",
-    "vision_tower": "paper, Table 1; the SigLIP v2 checkpoint is not disclosed, ours: so400m at 384 pixels, the one whose size LLaVA-type models commonly use",
+    "language_model": (
+        "paper, Table 1; the Qwen checkpoint is not disclosed, ours: the instruction-tuned one, whose "
+        "chat is the script's qwen_2"
+    ),
+    "vision_tower": (
+        "paper, Table 1; the SigLIP v2 checkpoint is not disclosed, ours: so400m at 384 pixels, the one "
+        "whose size LLaVA-type models commonly use"
+    ),
     "chat": "scripts: vicuna_v1 with its system sentence; qwen_2",
 }
 
@@ -131,10 +164,10 @@ TEACHERS = {
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #e686a11d
 DEFAULT = {
-    "teacher": TEACHERS["dinov2"],
-    "align_layers": [16],
-    "align_weight": 0.5,
-    "align_projector_width": 2048,
+    "viral.teacher": TEACHERS["dinov2"],
+    "viral.layers": [16],
+    "viral.weight": 0.5,
+    "viral.hidden": 2048,
 }
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #50a85b55
@@ -143,23 +176,23 @@ MIDDLE = {"vicuna7b_clip": [16], "vicuna7b_siglip2": [16], "qwen7b_clip": [14], 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #cd28846e
 ROWS = {
     **{f"table1_{models}_plain": (models, {}) for models in MODELS},
-    **{f"table1_{models}_viral": (models, {**DEFAULT, "align_layers": MIDDLE[models]}) for models in MODELS},
+    **{f"table1_{models}_viral": (models, {**DEFAULT, "viral.layers": MIDDLE[models]}) for models in MODELS},
     **{
-        f"table2_{name}": ("vicuna7b_clip", {**DEFAULT, "teacher": teacher})
+        f"table2_{name}": ("vicuna7b_clip", {**DEFAULT, "viral.teacher": teacher})
         for name, teacher in TEACHERS.items()
     },
     **{
-        f"table3_layer{layer}": ("vicuna7b_clip", {**DEFAULT, "align_layers": [layer]})
+        f"table3_layer{layer}": ("vicuna7b_clip", {**DEFAULT, "viral.layers": [layer]})
         for layer in range(4, 33, 4)
     },
     "table4_a_plain": ("vicuna7b_clip", {}),
     "table4_b_residual_post": ("vicuna7b_clip", {"residual": "post_projection", "residual_layer": 16}),
-    "table4_c_encoder": ("vicuna7b_clip", {**DEFAULT, "teacher": "encoder"}),
+    "table4_c_encoder": ("vicuna7b_clip", {**DEFAULT, "viral.teacher": "encoder"}),
     "table4_d_residual_pre": ("vicuna7b_clip", {"residual": "pre_projection", "residual_layer": 16}),
-    "table4_e_projected": ("vicuna7b_clip", {**DEFAULT, "teacher": "encoder_projected"}),
-    "table5_layers15to17": ("vicuna7b_clip", {**DEFAULT, "align_layers": [15, 16, 17]}),
-    "table5_layers14to18": ("vicuna7b_clip", {**DEFAULT, "align_layers": [14, 15, 16, 17, 18]}),
-    "table5_relation": ("vicuna7b_clip", {**DEFAULT, "align_kind": "relation_projected"}),
+    "table4_e_projected": ("vicuna7b_clip", {**DEFAULT, "viral.teacher": "encoder_projected"}),
+    "table5_layers15to17": ("vicuna7b_clip", {**DEFAULT, "viral.layers": [15, 16, 17]}),
+    "table5_layers14to18": ("vicuna7b_clip", {**DEFAULT, "viral.layers": [14, 15, 16, 17, 18]}),
+    "table5_relation": ("vicuna7b_clip", {**DEFAULT, "viral.kind": "relation_projected"}),
 }
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #f07cc142
@@ -181,7 +214,7 @@ def paper_recipe(
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #120fe66e
 def paper_recipe_names() -> list[str]:
-    "Every recipe of the paper: stage 1 of each pair of models, then the rows of the tables."
+    "Every recipe of VIRAL's paper: stage 1 of each pair of models, then the rows of the tables."
     return [f"viral_stage1_{models}" for models in MODELS] + [f"viral_{row}" for row in ROWS]
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #1c90f658
@@ -200,3 +233,22 @@ def sources_of(
     it is."""
     known = {**SHARED_SOURCES, **MODEL_SOURCES}
     return {key: known[key] for key in paper_recipe(name)}
+
+# %% ../../../nbs/lib/training/20_papers.viral.ipynb #2135171e
+def describe_row(
+    name: str,  # a paper recipe
+) -> str:
+    "One line: the two models, and what differs from plain stage 2."
+    settings = paper_recipe(name)
+    parts = f"{settings['language_model'].split('/')[-1]} + {settings['vision_tower'].split('/')[-1]}"
+    plain = {**STAGE1, **STAGE2}
+    shown = [
+        f"{key}={value}" for key, value in settings.items() if plain.get(key, value) != value or "." in key
+    ]
+    return f"stage {settings['stage']}, {parts}" + (f": {', '.join(shown)}" if shown else "")
+
+# %% ../../../nbs/lib/training/20_papers.viral.ipynb #86bc2d5c
+BOOK = register_book(
+    "viral",
+    RecipeBook(paper_recipe_names, paper_recipe, describe_row, sources_of, stage1_of),
+)
