@@ -213,6 +213,16 @@ def test_every_public_name_has_its_place(site, path):
     ] == []
 
 
+def test_the_readme_describes_every_room_of_the_library_in_order():
+    from test_rules import ALLOWED
+
+    from aligned_mllm.site.pages import ROOMS
+
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where things are")[1].split("\n\n")[2]
+    rooms = re.findall(r"^\| `(\w+)` \| .+ \|$", table, re.M)
+    assert rooms == list(ALLOWED) and [room for room in ROOMS if room in ALLOWED] == rooms
+
+
 def side_bar(site: Path) -> list[tuple[str, list[str]]]:
     "Captions of the side bar of the front page, each with the pages below it."
     html = (site / "index.html").read_text(encoding="utf-8")
