@@ -127,6 +127,7 @@ ALLOWED = {
     "reporting": "core data models teachers evals figures analysis",
     "experiments": "core data models worlds teachers objectives training evals figures analysis reporting",
     "apps": "core data models worlds teachers evals figures analysis",
+    "train": "core training experiments",
     "cli": "core training experiments reporting",
     "site": "core",
 }
