@@ -7,7 +7,14 @@ import torch
 from family_checks import SIZES, photo
 from tiny_models import FAMILIES, tiny
 
-from aligned_mllm.analysis.lens import lens_figure, lens_table, logit_lens, nearest_words, view_picture
+from aligned_mllm.analysis.lens import (
+    lens_figure,
+    lens_table,
+    logit_lens,
+    nearest_words,
+    unreadable_share,
+    view_picture,
+)
 from aligned_mllm.analysis.pca import pca_figure, pca_pictures, pca_table, principal_directions
 from aligned_mllm.analysis.subjects import Subject
 from aligned_mllm.core import InputError
@@ -83,6 +90,22 @@ def test_special_tokens_are_shown_only_when_asked_for():
     )
     with pytest.raises(InputError, match="best of"):
         logit_lens(subject, batch, [1], top=size)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_words_and_the_unreadable_share_make_up_all_probability(family):
+    subject = subject_of(family)
+    batch = subject.batch([photo(0, SIZES[0])], "what is above")
+    share = unreadable_share(subject, batch)
+    with torch.no_grad():
+        own = subject.model(**model_inputs(batch)).logits.float().softmax(-1)[batch["visual_mask"]]
+    tokenizer = subject.processor.tokenizer
+    special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    hidden = sorted({*special, *tokenizer.all_special_ids, *range(len(tokenizer), own.shape[1])})
+    assert share.shape == (4, len(own)) and torch.allclose(share[3], own[:, hidden].sum(-1), atol=1e-5)
+    words = logit_lens(subject, batch, top=len(tokenizer) - sum(number < len(tokenizer) for number in hidden))
+    readable = words.groupby(["layer", "patch"]).probability.sum().to_numpy().reshape(share.shape)
+    assert np.allclose(share.numpy() + readable, 1, atol=1e-4)
 
 
 def test_two_models_stand_in_one_table_and_one_figure():
