@@ -457,7 +457,7 @@ def test_write_with_a_training_part(made, tmp_path):
 def test_nothing_is_left_half_written(made, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    assert "holds other things" in message(write_nlvr, made, tmp_path / "mine")
+    assert "holds other files" in message(write_nlvr, made, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
     write_nlvr(made, tmp_path / "new")
     before = sorted(tmp_path.rglob("*"))
