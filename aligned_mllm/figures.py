@@ -159,7 +159,8 @@ def add_curve(
     label = escaped(look.label)
     if {"low", "high"} <= set(curve.columns):
         band = curve.dropna(subset=["low", "high"])
-        add_band(figure, band.x, band.low, band.high, look.colour, column, legendgroup=group)
+        if len(band):
+            add_band(figure, band.x, band.low, band.high, look.colour, column, legendgroup=group)
     for run in runs:
         figure.add_scatter(
             x=run.x.tolist(),

@@ -31,7 +31,7 @@ PHRASES = {  # what to write instead: regular expressions, without regard to cas
         r"[,;:] who (?:has|wants|needs|reads|knows)\b",
     ],
     "name the thing instead of 'what is ...'": [
-        r"^what (?:is|are|was|were|came|comes|stands|remains|follows|goes|lies|has|have|had|does|it|they|trains)\b(?!.*\?)",
+        r"^what (?!is (?:above|below|left|right|where|it)\b)(?:is|are|was|were|came|comes|stands|remains|follows|goes|lies|has|have|had|does|it|they|trains)\b(?!.*\?)",
         r"\b(?:of|from|for|by|with|in|on|beside|behind|before|after|all|and|over|than|everything) what "
         r"(?:(?:is|are|was|were)(?! in\b)|came|comes|stands|remains|follows|goes|lies|has|have|had|trains|trained|counts|can)\b",
         r"\bwhat came\b(?! in)",
@@ -47,6 +47,9 @@ PHRASES = {  # what to write instead: regular expressions, without regard to cas
         r"\b(?:go|goes|went|going) on\b(?! (?:record|to))",
         r"\bwith the same words\b",
     ],
+    "'if there is none'": [r"\bInputError where\b", r"\bwhere there (?:is|are|was|were) (?:none|no)\b"],
+    "'still', 'anyway', 'nevertheless'": [r"\ball the same\b"],
+    "'in one row', 'stacked', 'one by one'": [r"\bone (?:after|behind|beside|above|below) the other\b"],
     "agreement of number": [r"\bgrid are\b"],
     "things do not speak: 'shows', 'reports', 'estimates', 'documents'": [
         rf"\b{THING} (?:then |also |itself |only |never |not |does not |do not )?(?:tells?|says?|told|said|speaks?)\b(?! otherwise)",
@@ -213,12 +216,14 @@ BAD = [
     "A control is no replication of it.",
     "The numbers stand beside each other.",
     "Nobody wrote it.",
+    "Raises InputError where there is none.",
 ]
 GOOD = [
     "If you have a copy of NLVR, set NLVR_FOLDER to its folder.",
     "Values of different kinds cannot be compared.",
     "There is no layer 9 in this model.",
     "Run the same command again, and the training resumes.",
+    "what is above red circle",
     "What does the teacher see in a padded patch?",
     "The checksum is computed before the first step and verified after the last.",
 ]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from family_checks import SIZES, photo
+from sklearn.decomposition import PCA
 from tiny_models import FAMILIES, tiny
 
 from aligned_mllm.analysis.lens import (
@@ -131,6 +132,8 @@ def test_directions_are_those_of_a_singular_value_decomposition():
         assert np.allclose(shares, values[:3] ** 2 / (values**2).sum()) and all(
             row[row.abs().argmax()] > 0 for row in directions
         )
+        own = PCA(3, svd_solver="full").fit(tokens)  # of scikit-learn: signs as here
+        assert np.allclose(directions, own.components_, atol=1e-10) and np.allclose(mean, own.mean_)
 
 
 def test_colours_in_a_shared_basis_compare_and_in_their_own_do_not():

@@ -283,7 +283,7 @@ def test_what_is_no_repository_and_what_is_no_site_are_left_alone(tmp_path, caps
     monkeypatch.chdir(ROOT)
     assert main(["--root", str(tmp_path)]) == 2 and "no notebooks" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("precious")
-    assert main(["--output", str(tmp_path)]) == 2 and "no earlier site" in capsys.readouterr().err
+    assert main(["--output", str(tmp_path)]) == 2 and "not an earlier site" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 

@@ -3,28 +3,32 @@ and the pixels."""
 
 import json
 import os
-import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from small_nlvr import stack, write_small_nlvr
 
 from aligned_mllm.core import InputError
+from aligned_mllm.data.images import open_image
+from aligned_mllm.data.records import Records
 from aligned_mllm.worlds.drawings import (
     DRAWING_RGB,
-    NLVR_COLOURS,
     ORDERS,
     Item,
     drawing_key,
     picture_of,
     tower_colours,
 )
-from aligned_mllm.worlds.sentences import Count, computed_truth, generated_sentences
-from aligned_mllm.data.images import open_image
-from aligned_mllm.data.records import Records
-from aligned_mllm.worlds.nlvr import CUE, cut_boxes, nlvr_records, plain_words, read_nlvr
+from aligned_mllm.worlds.nlvr import (
+    CUE,
+    cut_boxes,
+    nlvr_records,
+    plain_words,
+    read_nlvr,
+)
 from aligned_mllm.worlds.nlvr_data import (
     generated_statements,
     nlvr_parts,
@@ -32,8 +36,7 @@ from aligned_mllm.worlds.nlvr_data import (
     without_drawings_of,
     write_nlvr,
 )
-
-NAMES = {word: name for name, word in NLVR_COLOURS.items()}
+from aligned_mllm.worlds.sentences import Count, computed_truth, generated_sentences
 
 
 def message(call, *arguments, **options):
@@ -42,61 +45,11 @@ def message(call, *arguments, **options):
     return str(caught.value)
 
 
-def stack(*colours):
-    return tuple(Item("square", colour, 20, 40, 80 - 21 * height) for height, colour in enumerate(colours))
-
-
-def random_box(chance, is_tower):
-    colours = chance.choices(list(NAMES), k=chance.randint(1, 4))
-    cells = chance.sample([(x, y) for x in (0, 35, 70) for y in (1, 36, 70)], len(colours))
-    sizes = chance.choices([10, 20, 30], k=len(colours))
-    shapes = chance.choices(["square", "circle", "triangle"], k=len(colours))
-    return (
-        stack(*colours)
-        if is_tower
-        else tuple(Item(*each, x, y) for *each, (x, y) in zip(shapes, colours, sizes, cells))
-    )
-
-
-def raw_line(sentence, truth, identifier, directory, structure):
-    boxes = [
-        [{"type": i.shape, "color": NAMES[i.colour], "size": i.size, "x_loc": i.x, "y_loc": i.y} for i in box]
-        for box in structure
-    ]
-    label = "true" if truth else "false"
-    return {
-        "sentence": sentence,
-        "label": label,
-        "identifier": identifier,
-        "directory": directory,
-        "structured_rep": boxes,
-    }
-
-
-def make_nlvr(folder, split, sentences):
-    "Four drawings to a sentence, two sentences to a directory; towers and scattered things in turn."
-    chance = random.Random(split)
-    lines = []
-    for number in range(4 * sentences):
-        sentence, drawing = divmod(number, 4)
-        structure = tuple(random_box(chance, sentence % 2 == 0) for _ in range(3))
-        identifier = f"{sentence}-{drawing}"
-        directory = str(sentence // 2)
-        lines.append(
-            json.dumps(raw_line(f"Made  up, “nr” {sentence}.", drawing < 2, identifier, directory, structure))
-        )
-        place = folder / split / "images" / directory
-        place.mkdir(parents=True, exist_ok=True)
-        for order in range(6):
-            picture_of(structure, order).convert("RGBA").save(place / f"{split}-{identifier}-{order}.png")
-    (folder / split / f"{split}.json").write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nlvr")
-    make_nlvr(folder, "dev", 12)
-    make_nlvr(folder, "test", 4)
+    write_small_nlvr(folder, "dev", 12)
+    write_small_nlvr(folder, "test", 4)
     return folder
 
 
@@ -448,7 +401,7 @@ def test_write_boxes(made, statements, tmp_path):
 def test_write_with_a_training_part(made, tmp_path):
     for split in ("dev", "test"):
         (tmp_path / split).symlink_to(made / split)
-    make_nlvr(tmp_path, "train", 3)
+    write_small_nlvr(tmp_path, "train", 3)
     parts = nlvr_parts(tmp_path, held_out={"1"})
     assert {each.images[0].split("/")[0] for each in parts["train"]} == {"train"}
     assert {each.directory for each in parts["validation"]} == {"1"} and len(parts["test"]) == 16
@@ -457,7 +410,7 @@ def test_write_with_a_training_part(made, tmp_path):
 def test_nothing_is_left_half_written(made, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    assert "holds other things" in message(write_nlvr, made, tmp_path / "mine")
+    assert "holds other files" in message(write_nlvr, made, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
     write_nlvr(made, tmp_path / "new")
     before = sorted(tmp_path.rglob("*"))

@@ -56,7 +56,7 @@ def sphinx_settings(
 # %% ../../nbs/lib/site/30_build.ipynb #6377c66b
 def write_pages(
     root: Path,  # the repository
-    work: Path,  # folder of what is kept between builds
+    work: Path,  # folder that is kept between builds
 ) -> tuple[Path, dict]:
     """Write the changed pages for Sphinx; returns their folder, and all pages. Raises InputError for a
     tutorial that fails."""
@@ -127,7 +127,7 @@ def build_site(
     output = Path(output).resolve()
     if output.exists() and not (output / "searchindex.js").exists():
         raise InputError(
-            f"{output} exists and is no earlier site",
+            f"{output} exists and is not an earlier site",
             "a new folder, or an earlier site to replace",
             "choose another folder, or remove it",
         )

@@ -145,7 +145,7 @@ def page_cells(
 # %% ../../nbs/lib/site/10_convert.ipynb #b3d5dabd
 def link_pages(
     text: str,  # markdown, with nbdev's links
-    page: str,  # the page that it stands on
+    page: str,  # the page that contains it
     known: dict,  # all pages and their notebooks
 ) -> str:
     "The text with relative links; links to notebooks, and code that names one, lead to its page."

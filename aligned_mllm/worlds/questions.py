@@ -6,7 +6,7 @@
 __all__ = ['CATEGORIES', 'QUADRANTS', 'Question', 'objects_by_name', 'relation', 'all_questions', 'Balance', 'caption',
            'textual_scene', 'vocabulary']
 
-# %% ../../nbs/lib/worlds/12_questions.ipynb #4a421647
+# %% ../../nbs/lib/worlds/12_questions.ipynb #5ed1f960
 from collections import Counter
 from dataclasses import dataclass
 
@@ -25,15 +25,13 @@ class Question:
 
 # %% ../../nbs/lib/worlds/12_questions.ipynb #a51df6fe
 CATEGORIES = ("count", "where", "relation", "existence", "attribute")
-
-# %% ../../nbs/lib/worlds/12_questions.ipynb #5fe34c8e
 QUADRANTS = {(0, 0): "top-left", (0, 1): "top-right", (1, 0): "bottom-left", (1, 1): "bottom-right"}
 
 # %% ../../nbs/lib/worlds/12_questions.ipynb #6d2c28c6
 def objects_by_name(
     scene: Scene,  # any scene
 ) -> dict[str, list[SceneObject]]:
-    "The objects that answer to each name: 'red circle', 'red' and 'circle' for every object there is."
+    "The objects that match each name: 'red circle', 'red' and 'circle' for every object of the scene."
     names: dict[str, list[SceneObject]] = {}
     for item in scene.objects:
         for name in (f"{item.colour} {item.kind}", item.colour, item.kind):
@@ -42,7 +40,7 @@ def objects_by_name(
 
 # %% ../../nbs/lib/worlds/12_questions.ipynb #08d42e57
 def relation(
-    first: SceneObject,  # the object asked about
+    first: SceneObject,  # the object in question
     second: SceneObject,  # the object it is compared with
 ) -> str | None:
     """Where `first` lies, seen from `second`: the longer of the two distances decides; None when they are
@@ -51,9 +49,9 @@ def relation(
     across = first.column - second.column
     if abs(down) == abs(across):
         return None
-    return (
-        ("below" if down > 0 else "above") if abs(down) > abs(across) else ("right" if across > 0 else "left")
-    )
+    if abs(down) > abs(across):
+        return "below" if down > 0 else "above"
+    return "right" if across > 0 else "left"
 
 # %% ../../nbs/lib/worlds/12_questions.ipynb #e22589a4
 def all_questions(
@@ -61,19 +59,18 @@ def all_questions(
 ) -> list[Question]:
     "Every question that can be asked about a scene, with its answer, in a fixed order."
     world = scene.world
+    half = world.cells / 2
     names = objects_by_name(scene)
-    found = []
     unique = {name: items[0] for name, items in names.items() if len(items) == 1}
     pairs = [f"{colour} {kind}" for colour in world.colours for kind in world.kinds]
+    found = []
     for name in [*pairs, *world.kinds]:
         count = len(names.get(name, ()))
         if count <= 4:
             found.append(Question("count", f"count {name}", str(count)))
     for name, item in unique.items():
-        half = scene.world.cells / 2
-        found.append(
-            Question("where", f"where {name}", QUADRANTS[int(item.row >= half), int(item.column >= half)])
-        )
+        quadrant = QUADRANTS[int(item.row >= half), int(item.column >= half)]
+        found.append(Question("where", f"where {name}", quadrant))
     for family in (world.colours, world.kinds):
         alone = [name for name in unique if name in family]
         for first in alone:
@@ -94,7 +91,7 @@ def all_questions(
 
 # %% ../../nbs/lib/worlds/12_questions.ipynb #7913b2b4
 class Balance:
-    "Chooses questions so that the answers of each type come out equally often."
+    "Chooses questions so that the answers of each form of question come out equally often."
 
     def __init__(
         self,
@@ -105,7 +102,7 @@ class Balance:
 
     def choose(
         self,
-        scene: Scene,  # what the questions are about
+        scene: Scene,  # the subject of the questions
         wanted: dict[str, int],  # how many questions of each type, at most
     ) -> list[Question]:
         "Different questions about one scene, in random order."
@@ -114,21 +111,19 @@ class Balance:
         for category, number in wanted.items():
             options = [question for question in possible if question.category == category]
             for _ in range(min(number, len(options))):
-                rarest = min(
-                    self.answers[category, self.family(question), question.answer] for question in options
-                )
-                best = [q for q in options if self.answers[category, self.family(q), q.answer] == rarest]
+                counts = [self.answers[self._key(question)] for question in options]
+                best = [question for question, count in zip(options, counts) if count == min(counts)]
                 question = best[self.random.integers(len(best))]
-                self.answers[category, self.family(question), question.answer] += 1
+                self.answers[self._key(question)] += 1
                 chosen.append(question)
                 options.remove(question)
         return [chosen[index] for index in self.random.permutation(len(chosen))]
 
     @staticmethod
-    def family(question: Question) -> str:
-        """Questions of one form: first word and length, so that the form itself tells nothing about the
-        answer."""
-        return f"{question.text.split()[0]}{len(question.text.split())}"
+    def _key(question: Question) -> tuple[str, str, int, str]:
+        "Type, form and answer. The form is the first word and the length: it must not reveal the answer."
+        words = question.text.split()
+        return question.category, words[0], len(words), question.answer
 
 # %% ../../nbs/lib/worlds/12_questions.ipynb #4c386b0e
 def caption(
@@ -145,24 +140,20 @@ def textual_scene(
 ) -> str:
     "The whole scene in words: 'scene r1c2 red circle , r3c4 blue square .', objects in random order."
     order = np.random.default_rng(seed).permutation(len(scene.objects))
-    told = (scene.objects[index] for index in order)
-    return (
-        "scene "
-        + " , ".join(f"r{item.row + 1}c{item.column + 1} {item.colour} {item.kind}" for item in told)
-        + " ."
-    )
+    items = [scene.objects[index] for index in order]
+    places = [f"r{item.row + 1}c{item.column + 1} {item.colour} {item.kind}" for item in items]
+    return f"scene {' , '.join(places)} ."
 
 # %% ../../nbs/lib/worlds/12_questions.ipynb #202b7f87
 def vocabulary(
-    worlds: tuple[World, ...] = (World(kinds=(*SCENE_SHAPES, *DIGITS)),),  # the worlds to speak about
+    worlds: tuple[World, ...] = (World(kinds=(*SCENE_SHAPES, *DIGITS)),),  # the worlds to cover
 ) -> list[str]:
-    "Every word that captions, textual scenes, questions and answers use, in a fixed order."
-    fixed = "scene describe , . count where relation any shape colour yes no left right above below 0 1 2 3 4".split()
-    places = [
-        f"r{row + 1}c{column + 1}"
-        for world in worlds
-        for row in range(world.cells)
-        for column in range(world.cells)
-    ]
-    named = [name for world in worlds for name in (*world.colours, *world.kinds)]
-    return list(dict.fromkeys([*fixed, *QUADRANTS.values(), *places, *named]))
+    "Every word of captions, textual scenes, questions and answers, in a fixed order."
+    fixed = "scene describe , . count where relation any shape colour yes no left right above below 0 1 2 3 4"
+    places = []
+    named = []
+    for world in worlds:
+        cells = range(1, world.cells + 1)
+        places += [f"r{row}c{column}" for row in cells for column in cells]
+        named += [*world.colours, *world.kinds]
+    return list(dict.fromkeys([*fixed.split(), *QUADRANTS.values(), *places, *named]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['conversation_records', 'Sizes', 'scene_data_config', 'write_scenes']
 
-# %% ../../nbs/lib/worlds/15_scene_data.ipynb #d3e98e10
+# %% ../../nbs/lib/worlds/15_scene_data.ipynb #1dbe4da7
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,99 +19,74 @@ from .scenes import Scene, World, draw, scenes_of
 
 # %% ../../nbs/lib/worlds/15_scene_data.ipynb #9b8f15ab
 def conversation_records(
-    scene: Scene,  # what the questions are about
-    chosen: list[Question],  # in the order in which they are asked
-    name: str,  # path of the picture, below the image folder
-    turns: int,  # questions in one conversation, at most
+    questions: list[Question],  # about one image, in order
+    name: str,  # path of the image, relative to the image folder
+    turns: int,  # most questions in one conversation
 ) -> list[Record]:
-    "Records of at most `turns` turns each; the first question of each carries the picture."
+    "Records of at most `turns` turns each; the first question of each shows the image."
     records = []
-    for start in range(0, len(chosen), turns):
-        part = chosen[start : start + turns]
-        said = [
-            Turn(("<image>\n" if index == 0 else "") + q.text, q.answer, q.category)
-            for index, q in enumerate(part)
-        ]
+    for start in range(0, len(questions), turns):
+        part = questions[start : start + turns]
+        said = [Turn(question.text, question.answer, question.category) for question in part]
+        said[0] = Turn(f"<image>\n{part[0].text}", part[0].answer, part[0].category)
         records.append(Record(f"{Path(name).stem}-{start // turns}", (name,), tuple(said), ""))
     return records
 
 # %% ../../nbs/lib/worlds/15_scene_data.ipynb #2d3553cf
 @dataclass(frozen=True)
 class Sizes:
-    "How many scenes of each kind a data folder holds, and how they are asked about."
+    "How many scenes each part of a data folder has, and how many questions are asked about them."
 
     train: int = 1000  # scenes with questions
     captions: int = 2000  # scenes with captions, for stage 1
-    validation: int = 200  # scenes looked at during training
+    validation: int = 200  # scenes evaluated during training
     test: int = 1000  # scenes for the scores; one question of each type about each
-    turns: int = 6  # questions in one training conversation
-    per_scene: tuple[int, ...] = (
-        2,
-        3,
-        3,
-        2,
-        2,
-    )  # questions of each type about one training scene, in the order of CATEGORIES
+    turns: int = 6  # most questions in one training conversation
+    per_scene: tuple[int, ...] = (2, 3, 3, 2, 2)  # questions about a training scene, one number per category
 
 # %% ../../nbs/lib/worlds/15_scene_data.ipynb #5c1fd190
 def scene_data_config(
-    seed: int,  # which scenes
-    sizes: Sizes = Sizes(),  # how many
-    world: World = World(),  # the law
+    seed: int,  # decides everything random
+    sizes: Sizes = Sizes(),  # how many scenes
+    world: World = World(),  # their distribution
 ) -> dict:
-    "All that decides a data folder of scenes, as `write_scenes` keeps it in scenes.json."
+    "Everything that determines a data folder of scenes, as `write_scenes` saves it in scenes.json."
     return json.loads(json.dumps({"seed": seed, "sizes": asdict(sizes), "world": asdict(world)}))
 
 # %% ../../nbs/lib/worlds/15_scene_data.ipynb #9242be1e
 def write_scenes(
-    folder: str
-    | Path,  # the data folder to make; it appears whole or not at all, and replaces only one that this function made
-    seed: int,  # which scenes
-    sizes: Sizes = Sizes(),  # how many
-    world: World = World(),  # the law
+    folder: str | Path,  # the data folder, written completely or not at all
+    seed: int,  # decides everything random
+    sizes: Sizes = Sizes(),  # how many scenes
+    world: World = World(),  # their distribution
 ) -> Path:
-    """A data folder as a user would have it: train, captions, validation and test records in JSONL, and
-    the pictures."""
-    shares = dict(zip(CATEGORIES, sizes.per_scene))
+    """Write a data folder: train, captions, validation and test records in JSONL, and the images. Replaces
+    only a folder that this function has written; raises InputError for any other."""
     with whole_folder(folder, "scenes.json") as temporary:
         save_json(scene_data_config(seed, sizes, world), temporary / "scenes.json")
         (temporary / "images").mkdir()
-        parts = {
-            "train": sizes.train,
-            "captions": sizes.captions,
-            "validation": sizes.validation,
-            "test": sizes.test,
-        }
-        for number, (part, count) in enumerate(parts.items()):
+        for number, part in enumerate(("train", "captions", "validation", "test")):
             split = "train" if part == "captions" else part
-            scenes = scenes_of(split, count, 10 * seed + number, world)
+            scenes = scenes_of(split, getattr(sizes, part), 10 * seed + number, world)
             balance = Balance(seed)
             records = []
-            for index, scene in enumerate(tqdm(scenes, desc=f"drawing {part}", disable=count < 500)):
+            for index, scene in enumerate(tqdm(scenes, desc=f"drawing {part}", disable=len(scenes) < 500)):
                 name = f"images/{part}-{index:05d}.png"
                 draw(scene).save(temporary / name)
-                if part == "captions":
-                    records.append(
-                        Record(
-                            f"caption-{index:05d}",
-                            (name,),
-                            (Turn("<image>\ndescribe", caption(scene), "caption"),),
-                            "",
-                        )
-                    )
-                else:
-                    chosen = balance.choose(
-                        scene, shares if part == "train" else dict.fromkeys(CATEGORIES, 1)
-                    )
-                    records += conversation_records(
-                        scene, chosen, name, sizes.turns if part == "train" else 1
-                    )
+                records += _records_of(scene, name, part, sizes, balance)
             write_records(records, temporary / f"{part}.jsonl")
             with whole_file(temporary / f"{part}.geometry.jsonl") as path:
-                path.write_text(
-                    "".join(
-                        json.dumps({"objects": [asdict(item) for item in scene.objects]}) + "\n"
-                        for scene in scenes
-                    )
-                )
+                objects = [{"objects": [asdict(item) for item in scene.objects]} for scene in scenes]
+                path.write_text("".join(json.dumps(line) + "\n" for line in objects))
     return Path(folder)
+
+# %% ../../nbs/lib/worlds/15_scene_data.ipynb #e4005a37
+def _records_of(scene: Scene, name: str, part: str, sizes: Sizes, balance: Balance) -> list[Record]:
+    "The records about one scene in its part of the data folder."
+    if part == "captions":
+        turn = Turn("<image>\ndescribe", caption(scene), "caption")
+        return [Record(Path(name).stem.replace("captions", "caption"), (name,), (turn,), "")]
+    if part == "train":
+        questions = balance.choose(scene, dict(zip(CATEGORIES, sizes.per_scene)))
+        return conversation_records(questions, name, sizes.turns)
+    return conversation_records(balance.choose(scene, dict.fromkeys(CATEGORIES, 1)), name, 1)

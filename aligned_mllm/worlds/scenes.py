@@ -40,19 +40,19 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 # %% ../../nbs/lib/worlds/10_scenes.ipynb #4a13e4dc
 @dataclass(frozen=True)
 class World:
-    "The law by which scenes are drawn. Lengths are pixels, brightness is 0 to 1."
+    "The distribution of scenes. Lengths are in pixels, brightness is 0 to 1. Raises InputError."
 
     kinds: tuple[str, ...] = tuple(SCENE_SHAPES)  # names from SCENE_SHAPES and DIGITS
     colours: tuple[str, ...] = tuple(SCENE_COLOURS)  # names from SCENE_COLOURS
     size: int = 40  # width and height of the picture
-    cells: int = 4  # cells in a row and in a column; one object a cell at most
+    cells: int = 4  # cells in a row and in a column; at most one object per cell
     objects: tuple[int, int] = (2, 6)  # fewest and most objects
-    jitter: float = 0.7  # how far a centre may leave the middle of its cell
+    jitter: float = 0.7  # largest shift of a centre from the middle of its cell
     radius: tuple[float, float] = (3.8, 4.8)  # half the width of an object
     background: tuple[float, float] = (0.25, 0.5)
     brightness: tuple[float, float] = (0.85, 1.0)
     colour_jitter: float = 0.08
-    noise: float = 0.03  # standard deviation of the noise of each pixel
+    noise: float = 0.03  # standard deviation of the pixel noise
 
     def __post_init__(self):
         unknown = [name for name in self.kinds if name not in SCENE_SHAPES and name not in DIGITS]
@@ -61,7 +61,7 @@ class World:
             raise InputError(
                 f"unknown names {unknown} in a World",
                 f"kinds from {[*SCENE_SHAPES, *DIGITS]}, colours from {[*SCENE_COLOURS]}",
-                "correct them",
+                "correct the names",
             )
 
 # %% ../../nbs/lib/worlds/10_scenes.ipynb #a8e5a234
@@ -77,7 +77,7 @@ class SceneObject:
     y: float  # centre, pixels from the top
     radius: float  # pixels
     paint: tuple[float, float, float]  # the jittered colour, 0 to 1
-    sample: int  # which handwriting, for a digit
+    sample: int  # which handwritten sample, for a digit
 
 # %% ../../nbs/lib/worlds/10_scenes.ipynb #306d9668
 @dataclass(frozen=True)
@@ -91,15 +91,15 @@ class Scene:
 
     @property
     def arrangement(self) -> str:
-        "What lies in which cell, as text: equal for scenes that differ only in jitter, paint and noise."
+        "What is in which cell, as text: equal for scenes that differ only in jitter, paint and noise."
         return " ".join(sorted(f"{item.row}{item.column}{item.colour}-{item.kind}" for item in self.objects))
 
 # %% ../../nbs/lib/worlds/10_scenes.ipynb #10c253c0
 def sample_scene(
     seed: int,  # the scene is a function of this number and the world
-    world: World = World(),  # the law
+    world: World = World(),  # the distribution
 ) -> Scene:
-    "Draw one scene at random."
+    "One random scene."
     random = np.random.default_rng(seed)
     count = int(random.integers(world.objects[0], world.objects[1] + 1))
     places = random.choice(world.cells**2, count, replace=False)
@@ -117,22 +117,14 @@ def sample_scene(
         shift = random.uniform(-world.jitter, world.jitter, 2)
         paint = np.array(SCENE_COLOURS[colour]) + random.uniform(-world.colour_jitter, world.colour_jitter, 3)
         paint = np.clip(paint * random.uniform(*world.brightness), 0, 1)
-        objects.append(
-            SceneObject(
-                kind,
-                colour,
-                row,
-                column,
-                round(step * (column + 0.5) + shift[0], 3),
-                round(step * (row + 0.5) + shift[1], 3),
-                round(random.uniform(*world.radius), 3),
-                tuple(round(float(value), 3) for value in paint),
-                int(random.integers(10**6)),
-            )
-        )
-    return Scene(
-        tuple(objects), world, round(random.uniform(*world.background), 3), int(random.integers(2**31))
-    )
+        x = round(step * (column + 0.5) + shift[0], 3)
+        y = round(step * (row + 0.5) + shift[1], 3)
+        radius = round(random.uniform(*world.radius), 3)
+        paint = tuple(round(float(value), 3) for value in paint)
+        sample = int(random.integers(10**6))
+        objects.append(SceneObject(kind, colour, row, column, x, y, radius, paint, sample))
+    background = round(random.uniform(*world.background), 3)
+    return Scene(tuple(objects), world, background, int(random.integers(2**31)))
 
 # %% ../../nbs/lib/worlds/10_scenes.ipynb #4d64d44d
 SPLITS = ("train", "validation", "test")
@@ -141,7 +133,7 @@ SPLITS = ("train", "validation", "test")
 def split_of(
     scene: Scene,  # any scene
 ) -> str:
-    "The side on which a scene lies: a tenth each for validation and test, by a hash of its arrangement."
+    "The split of a scene, by a hash of its arrangement: a tenth each for validation and test."
     share = int(hashlib.sha256(scene.arrangement.encode()).hexdigest(), 16) % 10
     return {0: "test", 1: "validation"}.get(share, "train")
 
@@ -149,10 +141,10 @@ def split_of(
 def scenes_of(
     split: str,  # "train", "validation" or "test"
     count: int,  # how many scenes
-    seed: int,  # other seeds give other scenes of the same side
-    world: World = World(),  # the law
+    seed: int,  # other seeds give other scenes of the same split
+    world: World = World(),  # the distribution
 ) -> list[Scene]:
-    "`count` scenes with different arrangements, all of one side. Raises InputError."
+    "`count` scenes with different arrangements, all of one split. Raises InputError."
     if split not in SPLITS:
         raise InputError(f"split {split!r}", f"one of {SPLITS}", "choose one of these")
     scenes: dict[str, Scene] = {}
@@ -163,11 +155,8 @@ def scenes_of(
         if split_of(scene) == split:
             scenes.setdefault(scene.arrangement, scene)
         if number > 10**8:
-            raise InputError(
-                f"only {len(scenes)} scenes of {count} found",
-                "a world with enough arrangements",
-                "ask for fewer, or a richer World",
-            )
+            fault = f"only {len(scenes)} scenes of {count} found"
+            raise InputError(fault, "a world with enough arrangements", "use fewer scenes, or a richer World")
     return list(scenes.values())
 
 # %% ../../nbs/lib/worlds/10_scenes.ipynb #8593d22a
@@ -183,29 +172,29 @@ def digit_images() -> dict[str, np.ndarray]:
 def coverage(
     item: SceneObject,  # what to draw
     size: int,  # width of the picture in pixels
-    training: bool = True,  # whose handwriting
+    training: bool = True,  # which half of the handwritten digits
     samples: int = 5,  # points per pixel and axis
 ) -> np.ndarray:
-    "How much of each pixel an object covers: (size, size), 0 to 1."
+    "The share of each pixel that an object covers: (size, size), 0 to 1."
     points = (np.arange(size * samples) + 0.5) / samples
     x = (points[None] - item.x) / item.radius
     y = (points[:, None] - item.y) / item.radius
     if item.kind in SCENE_SHAPES:
         inside = SCENE_SHAPES[item.kind](x, y).astype(np.float32)
     else:
-        ink = digit_images()[item.kind][0 if training else 1 :: 2]
-        stencil = ink[item.sample % len(ink)]
+        masks = digit_images()[item.kind][0 if training else 1 :: 2]
+        mask = masks[item.sample % len(masks)]
         column = np.floor((x[0] + 1) * 4).astype(int)
         row = np.floor((y[:, 0] + 1) * 4).astype(int)
         valid = ((row >= 0) & (row < 8))[:, None] & ((column >= 0) & (column < 8))[None]
-        inside = stencil[np.clip(row, 0, 7)][:, np.clip(column, 0, 7)] * valid
+        inside = mask[np.clip(row, 0, 7)][:, np.clip(column, 0, 7)] * valid
     return inside.reshape(size, samples, size, samples).mean((1, 3))
 
 # %% ../../nbs/lib/worlds/10_scenes.ipynb #acc4ca08
 def draw(
     scene: Scene,  # what to draw
 ) -> Image.Image:
-    "The picture of a scene: RGB, `world.size` pixels square."
+    "The image of a scene: RGB, `world.size` pixels square."
     world = scene.world
     canvas = np.full((world.size, world.size, 3), scene.background)
     training = split_of(scene) == "train"
@@ -218,10 +207,9 @@ def draw(
 # %% ../../nbs/lib/worlds/10_scenes.ipynb #b2534dc3
 def label_map(
     scene: Scene,  # any scene
-    points: int,  # points per axis of the regular grid on which to look
+    points: int,  # points per axis of a regular grid
 ) -> np.ndarray:
-    """Which object lies at each point of a grid: (points, points) indices into `scene.objects`, -1 for
-    background."""
+    "The object at each point of a grid: (points, points) indices into `scene.objects`, -1 for background."
     place = (np.arange(points) + 0.5) * scene.world.size / points
     labels = np.full((points, points), -1)
     for index, item in enumerate(scene.objects):
