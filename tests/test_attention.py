@@ -16,7 +16,7 @@ from aligned_mllm.analysis.attention import (
     query_mask,
     views_of_samples,
 )
-from aligned_mllm.analysis.subjects import Subject
+from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError, seed_everything
 from aligned_mllm.data.collate import model_inputs
 
@@ -153,9 +153,9 @@ def test_the_cap_changes_rows():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_pass_after_generation_gives_the_weights_of_its_steps(family):
     model, processor = tiny(family)
-    subject = Subject(family, model, processor)
-    batch = subject.batch([photo(0, SIZES[0])], "what is above")
-    tokens, looked = generated_rows(subject, batch, max_new_tokens=4, image_only=False)
+    loaded = LoadedModel(family, model, processor)
+    batch = loaded.batch([photo(0, SIZES[0])], "what is above")
+    tokens, looked = generated_rows(loaded, batch, max_new_tokens=4, image_only=False)
     decoder = language_model_of(model)
     decoder.set_attn_implementation("eager")
     with torch.no_grad():
@@ -182,9 +182,9 @@ def test_one_pass_after_generation_gives_the_weights_of_its_steps(family):
 
 def test_only_the_wanted_rows_are_held():
     model, processor = tiny("llava")
-    subject = Subject("llava", model, processor)
-    batch = subject.batch([photo(0, SIZES[0])], "what is above")
-    rows = attention_rows(subject, batch, [-3, -1, -3], layers=[2])
+    loaded = LoadedModel("llava", model, processor)
+    batch = loaded.batch([photo(0, SIZES[0])], "what is above")
+    rows = attention_rows(loaded, batch, [-3, -1, -3], layers=[2])
     assert sorted(rows) == [2] and rows[2].shape == (2, 3, 25) and torch.equal(rows[2][:, 0], rows[2][:, 2])
     assert rows[2].untyped_storage().nbytes() == rows[2].numel() * 4  # no view into a larger matrix
     full = eager_weights(model, batch)[1][0][:, [-3, -1]][..., batch["visual_mask"][0]]

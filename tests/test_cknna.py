@@ -26,7 +26,7 @@ from aligned_mllm.analysis.cknna import (
     points_of,
     space,
 )
-from aligned_mllm.analysis.subjects import Subject
+from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError
 from aligned_mllm.worlds.scenes import draw, scenes_of
 from aligned_mllm.worlds.small_models import embedded_model
@@ -381,7 +381,7 @@ def test_memory_is_that_of_one_layer(tmp_path):
 def test_table_of_two_models_and_its_figure(parts, tmp_path):
     pictures = [draw(scene) for scene in scenes_of("test", 10, seed=1)]
     teachers = {"dense": load_teacher("dense")}
-    models = [Subject(f"seed {seed}", *embedded_model(parts, seed=seed)) for seed in (0, 1)]
+    models = [LoadedModel(f"seed {seed}", *embedded_model(parts, seed=seed)) for seed in (0, 1)]
     table = cknna_table(
         models,
         pictures,

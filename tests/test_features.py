@@ -20,7 +20,7 @@ from aligned_mllm.analysis.features import (
     read_features,
     write_features,
 )
-from aligned_mllm.analysis.subjects import Subject
+from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
@@ -35,15 +35,15 @@ PICTURES = [photo(seed, size) for seed, size in enumerate([*SIZES, (200, 90)])]
 def test_every_family_picture_by_picture(family, tmp_path):
     """Rows of each picture, written in batches, are what the model gives for that picture alone, and lie
     where its views say."""
-    subject = Subject(family, *tiny(family))
+    loaded = LoadedModel(family, *tiny(family))
     teacher = random_teacher(load_teacher("dense"), 0)
-    write_features(subject, PICTURES, tmp_path, {"random": teacher}, encoder=False, batch_size=3)
+    write_features(loaded, PICTURES, tmp_path, {"random": teacher}, encoder=False, batch_size=3)
     kept = read_features(tmp_path)[family]
     for index, image in enumerate(PICTURES):
-        batch = picture_batch(subject.processor, [image])
+        batch = picture_batch(loaded.processor, [image])
         rows = (kept.index.picture == index).to_numpy()
-        with torch.inference_mode(), Taps(subject.model, [0, 3]) as taps:
-            subject.model(**model_inputs(batch), use_cache=False)
+        with torch.inference_mode(), Taps(loaded.model, [0, 3]) as taps:
+            loaded.model(**model_inputs(batch), use_cache=False)
         for layer in (0, 3):
             assert np.allclose(kept.states(layer)[rows], taps.states(layer, batch["visual_mask"]), atol=2e-4)
         assert np.allclose(
@@ -59,21 +59,21 @@ def test_every_family_picture_by_picture(family, tmp_path):
 
 def test_encoders_that_can_be_run_apart_and_those_that_cannot(tmp_path):
     for family in ("llava", "llava_next", "llava_onevision", "paligemma", "gemma3"):
-        subject = Subject(family, *tiny(family))
-        batch = picture_batch(subject.processor, PICTURES[:2])
-        assert features_beside(own_encoder(subject), PICTURES[:2], batch).shape == (
+        loaded = LoadedModel(family, *tiny(family))
+        batch = picture_batch(loaded.processor, PICTURES[:2])
+        assert features_beside(own_encoder(loaded), PICTURES[:2], batch).shape == (
             int(batch["visual_mask"].sum()),
-            own_encoder(subject).width,
+            own_encoder(loaded).width,
         )
     for family in ("qwen2_5_vl", "internvl", "idefics3"):
         with pytest.raises(InputError, match="encoder=False"):
-            write_features(Subject(family, *tiny(family)), PICTURES, tmp_path)
+            write_features(LoadedModel(family, *tiny(family)), PICTURES, tmp_path)
 
 
 WRITE = """
 import sys, time, torch
 from aligned_mllm.analysis.features import write_features
-from aligned_mllm.analysis.subjects import Subject
+from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import data_folder, peak_memory
 from aligned_mllm.worlds.scenes import draw, scenes_of
 from aligned_mllm.worlds.small_models import embedded_model
@@ -87,7 +87,7 @@ class Drawn:
         self.peaks.append(peak_memory())
         return draw(self.scenes[index % 8])
 drawn = Drawn(int(sys.argv[2]), float(sys.argv[3]))
-write_features(Subject("model", *embedded_model(data_folder() / "parts")), drawn, sys.argv[1], batch_size=8)
+write_features(LoadedModel("model", *embedded_model(data_folder() / "parts")), drawn, sys.argv[1], batch_size=8)
 print(drawn.peaks[len(drawn.peaks) // 6], drawn.peaks[-1])
 """
 
@@ -138,13 +138,13 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
 
 
 def test_other_weights_settings_and_pictures_are_refused(tmp_path, parts):
-    subject = Subject("model", *embedded_model(parts))
+    loaded = LoadedModel("model", *embedded_model(parts))
     teachers = {"dense": load_teacher("dense")}
-    write_features(subject, PICTURES, tmp_path, teachers, layers=[1])
+    write_features(loaded, PICTURES, tmp_path, teachers, layers=[1])
     before = contents(tmp_path)
-    write_features(subject, PICTURES, tmp_path, teachers, layers=[1])
+    write_features(loaded, PICTURES, tmp_path, teachers, layers=[1])
     for changed, words in (
-        ({"subjects": Subject("model", *embedded_model(parts, seed=1))}, "checksum"),
+        ({"models": LoadedModel("model", *embedded_model(parts, seed=1))}, "checksum"),
         ({"layers": [1, 2]}, "layers"),
         ({"images": PICTURES[:2]}, "pictures"),
         ({"images": PICTURES[::-1]}, "other pictures"),
@@ -156,7 +156,7 @@ def test_other_weights_settings_and_pictures_are_refused(tmp_path, parts):
         with pytest.raises(InputError, match=words):
             write_features(
                 **{
-                    "subjects": subject,
+                    "models": loaded,
                     "images": PICTURES,
                     "folder": tmp_path,
                     "teachers": teachers,
@@ -169,7 +169,7 @@ def test_other_weights_settings_and_pictures_are_refused(tmp_path, parts):
 
 def test_records_give_each_picture_once(small_data, tmp_path, parts):
     records = Records(small_data / "test.jsonl", small_data)
-    write_features(Subject("a/b", *embedded_model(parts)), records, tmp_path, layers=[0], dtype="float16")
+    write_features(LoadedModel("a/b", *embedded_model(parts)), records, tmp_path, layers=[0], dtype="float16")
     kept = read_features(tmp_path)["a/b"]
     assert kept.index.picture.nunique() == len(
         {name for index in range(len(records)) for name in records[index].images}

@@ -59,7 +59,7 @@ def test_the_command_measures_two_runs(runs, tmp_path, small_data, capsys):
         and more.isna()["plain"]
     )
 
-    from aligned_mllm.analysis.subjects import load_subject
+    from aligned_mllm.analysis.checkpoints import load_checkpoint
     from aligned_mllm.data.records import Records
     from aligned_mllm.evals.task import answers_of
 
@@ -67,8 +67,8 @@ def test_the_command_measures_two_runs(runs, tmp_path, small_data, capsys):
     assert [record.id for record in asked] == [
         record.id for record in Records(small_data / "test.jsonl", small_data)[:20]
     ]
-    subject = load_subject(runs[1])
-    told = answers_of(subject.model, subject.processor, asked)
+    loaded = load_checkpoint(runs[1])
+    told = answers_of(loaded.model, loaded.processor, asked)
     right = [is_right(answer, asked[index].turns[-1].answer) for index, answer in enumerate(told.answer)]
     assert every.accuracy["viral"] == pytest.approx(sum(right) / 20)
 

@@ -20,7 +20,7 @@ from aligned_mllm.analysis.permutation import (
     permuted_tokens,
     projector_inputs,
 )
-from aligned_mllm.analysis.subjects import Subject
+from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
@@ -31,10 +31,10 @@ from aligned_mllm.models.taps import Taps
 PROCESSORS = {}
 
 
-def subject_of(family: str, wrapped: bool = False) -> Subject:
+def tiny_loaded(family: str, wrapped: bool = False) -> LoadedModel:
     model, processor = tiny(family)
     PROCESSORS.setdefault(family, processor)
-    return Subject(family, add_lora(model, rank=2).eval() if wrapped else model, PROCESSORS[family])
+    return LoadedModel(family, add_lora(model, rank=2).eval() if wrapped else model, PROCESSORS[family])
 
 
 @torch.no_grad()
@@ -52,9 +52,9 @@ def hooks_of(model) -> int:
 def test_shuffled_tokens_are_the_same_tokens_in_another_order(family):
     """Each view's tokens, one way or the other, and only they; the same seed gives the same order,
     another another; nothing stays behind."""
-    subject = subject_of(family, wrapped=family in ("llava", "qwen2_5_vl"))
-    model = subject.model
-    batch = subject.batch([photo(0, (90, 90)), photo(1, (90, 90))], "what is above")
+    loaded = tiny_loaded(family, wrapped=family in ("llava", "qwen2_5_vl"))
+    model = loaded.model
+    batch = loaded.batch([photo(0, (90, 90)), photo(1, (90, 90))], "what is above")
     plain = states_of(model, batch)  # transformers leaves hooks of its own in the first pass
     count = hooks_of(model)
     with permuted_tokens(model, 1):
@@ -79,15 +79,15 @@ def test_shuffled_tokens_are_the_same_tokens_in_another_order(family):
 
 
 def test_tiles_of_llava_next_are_shuffled_each_in_itself():
-    subject = subject_of("llava_next")
-    batch = subject.batch([photo(0, SIZES[0])])
+    loaded = tiny_loaded("llava_next")
+    batch = loaded.batch([photo(0, SIZES[0])])
     seen = []
-    hook = subject.model.model.multi_modal_projector.register_forward_hook(
+    hook = loaded.model.model.multi_modal_projector.register_forward_hook(
         lambda module, arguments, output: seen.append(output)
     )
-    states_of(subject.model, batch)
-    with permuted_tokens(subject.model):
-        states_of(subject.model, batch)
+    states_of(loaded.model, batch)
+    with permuted_tokens(loaded.model):
+        states_of(loaded.model, batch)
     hook.remove()
     plain, shuffled = seen
     orders = [torch.cdist(after, before).argmin(1).tolist() for before, after in zip(plain, shuffled)]
@@ -100,21 +100,21 @@ def test_tiles_of_llava_next_are_shuffled_each_in_itself():
 
 def test_every_projector_of_a_picture_sees_one_order():
     "Qwen3-VL puts features of earlier vision layers into later blocks: their tokens move with the others."
-    subject = subject_of("qwen3_vl")
-    batch = subject.batch([photo(0, SIZES[0])])
+    loaded = tiny_loaded("qwen3_vl")
+    batch = loaded.batch([photo(0, SIZES[0])])
     seen = []
     hooks = [
         module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-        for module in projector_inputs(subject.model)[0]
+        for module in projector_inputs(loaded.model)[0]
     ]
-    states_of(subject.model, batch)
-    with permuted_tokens(subject.model):
+    states_of(loaded.model, batch)
+    with permuted_tokens(loaded.model):
         late = [
             module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-            for module in projector_inputs(subject.model)[0]
+            for module in projector_inputs(loaded.model)[0]
         ]
         del seen[2:]
-        states_of(subject.model, batch)
+        states_of(loaded.model, batch)
     for hook in hooks + late:
         hook.remove()
     first = [torch.cdist(seen[-3 if number == 0 else -1], seen[number]).argmin(1) for number in (0, 1)]
@@ -123,36 +123,36 @@ def test_every_projector_of_a_picture_sees_one_order():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bag_of_patches_cannot_tell_an_order(family):
-    subject = subject_of(family)
-    batch = subject.batch([photo(0, (90, 90))], "what is above")
+    loaded = tiny_loaded(family)
+    batch = loaded.batch([photo(0, (90, 90))], "what is above")
 
     def logits():
         with torch.no_grad():
-            return subject.model(**model_inputs(batch), use_cache=False).logits[0, -1]
+            return loaded.model(**model_inputs(batch), use_cache=False).logits[0, -1]
 
     plain = logits()
-    with permuted_tokens(subject.model, 3):
+    with permuted_tokens(loaded.model, 3):
         assert (logits() - plain).abs().max() > 1e-5
-    with bag_of_patches(subject.model):
+    with bag_of_patches(loaded.model):
         bag = logits()
-        with permuted_tokens(subject.model, 3):
+        with permuted_tokens(loaded.model, 3):
             assert (logits() - bag).abs().max() < 1e-5 < (bag - plain).abs().max()
 
 
 def test_a_projector_that_mixes_its_tokens_is_refused_and_leaves_nothing_behind():
-    subject = subject_of("llava")
-    projector = subject.model.model.multi_modal_projector
-    batch = subject.batch([photo(0, (90, 90))])
-    states_of(subject.model, batch)
+    loaded = tiny_loaded("llava")
+    projector = loaded.model.model.multi_modal_projector
+    batch = loaded.batch([photo(0, (90, 90))])
+    states_of(loaded.model, batch)
     forward = projector.forward
-    count = hooks_of(subject.model)
+    count = hooks_of(loaded.model)
     projector.forward = lambda features: forward(features.cumsum(1))
-    with pytest.raises(InputError, match="mixes its tokens"), permuted_tokens(subject.model):
-        states_of(subject.model, batch)
-    assert hooks_of(subject.model) == count
+    with pytest.raises(InputError, match="mixes its tokens"), permuted_tokens(loaded.model):
+        states_of(loaded.model, batch)
+    assert hooks_of(loaded.model) == count
     projector.forward = lambda features: forward(features)[:, :5]
-    with pytest.raises(InputError, match="mixes its tokens"), permuted_tokens(subject.model):
-        states_of(subject.model, batch)
+    with pytest.raises(InputError, match="mixes its tokens"), permuted_tokens(loaded.model):
+        states_of(loaded.model, batch)
 
 
 def few_records(data, folder) -> Records:
@@ -179,9 +179,9 @@ def test_the_loss_is_paired(small_data, parts, tmp_path):
     half = 3.182446305284263 * float(differences.std()) / 2  # t quantile with 3 degrees of freedom
     assert abs(table.high["all"] - (0.375 + half)) < 1e-6 and abs(table.low["all"] - (0.375 - half)) < 1e-6
     model, processor = embedded_model(parts)
-    subjects = [Subject(name, model, processor) for name in ("one", "two")]
+    models = [LoadedModel(name, model, processor) for name in ("one", "two")]
     records = few_records(small_data, tmp_path)
-    found = permutation_test(subjects, records, permutations=1, max_new_tokens=2)
+    found = permutation_test(models, records, permutations=1, max_new_tokens=2)
     assert list(found.model.unique()) == ["one", "two"] and set(found.category) == {
         "all",
         "count",
@@ -198,16 +198,16 @@ def test_the_loss_is_paired(small_data, parts, tmp_path):
     )
     assert len(permutation_figure(found).data) == 2
     with pytest.raises(InputError, match="0 permutations"):
-        permutation_test(subjects, records, permutations=0)
+        permutation_test(models, records, permutations=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_update_taken_back(family):
     """State k is state k - 1 at visual positions; text at layer k is that of the whole model and differs
     from its input; the last block's changes no word."""
-    subject = subject_of(family, wrapped=family in ("llava", "qwen2_5_vl"))
-    model = subject.model
-    batch = mixed(subject.processor)
+    loaded = tiny_loaded(family, wrapped=family in ("llava", "qwen2_5_vl"))
+    model = loaded.model
+    batch = mixed(loaded.processor)
     placeholders = batch["input_ids"] == model.config.image_token_id
     before = states_of(model, batch, 1)
     whole = states_of(model, batch, 2)
@@ -238,13 +238,13 @@ def test_an_update_taken_back(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cut_from_the_first_block_a_model_is_blind_and_from_the_second_it_is_not(family):
-    subject = subject_of(family, wrapped=family in ("llava", "qwen3_vl"))
-    model = subject.model
+    loaded = tiny_loaded(family, wrapped=family in ("llava", "qwen3_vl"))
+    model = loaded.model
     places = None
     found = {}
     with torch.no_grad():
         for seed in (0, 5):
-            batch = subject.batch([photo(seed, (90, 90))], "what is above", "two red towers")
+            batch = loaded.batch([photo(seed, (90, 90))], "what is above", "two red towers")
             places = batch["input_ids"] == model.config.image_token_id
             for layer in (None, 1, 2, 3):
                 if layer is None:
@@ -265,9 +265,9 @@ def test_cut_from_the_first_block_a_model_is_blind_and_from_the_second_it_is_not
 def test_cuts_hold_in_generation_with_every_cache(family):
     """Blind answers to left-padded batches do not change with the picture; with and without a cache, also
     a static one, answers under a later cut are the same."""
-    subject = subject_of(family)
-    model = subject.model
-    processor = subject.processor
+    loaded = tiny_loaded(family)
+    model = loaded.model
+    processor = loaded.processor
     said = {}
     settings = {
         "max_new_tokens": 6,
@@ -306,9 +306,9 @@ def test_a_cut_is_what_attention_without_these_weights_gives():
     text from block 2 on."""
     from transformers import AttentionInterface
 
-    subject = subject_of("llava")
-    model = subject.model
-    batch = subject.batch([photo(0, (90, 90))], "what is above", "two red towers")
+    loaded = tiny_loaded("llava")
+    model = loaded.model
+    batch = loaded.batch([photo(0, (90, 90))], "what is above", "two red towers")
     image = batch["visual_mask"][0]
     length = batch["input_ids"].shape[1]
 
@@ -340,25 +340,25 @@ def test_a_cut_is_what_attention_without_these_weights_gives():
 
 
 def test_contexts_end_also_after_an_error():
-    subject = subject_of("llava")
-    batch = subject.batch([photo(0, (90, 90))])
-    states_of(subject.model, batch)
-    count = hooks_of(subject.model)
+    loaded = tiny_loaded("llava")
+    batch = loaded.batch([photo(0, (90, 90))])
+    states_of(loaded.model, batch)
+    count = hooks_of(loaded.model)
     for context in (without_update, without_image_attention):
-        with pytest.raises(RuntimeError), context(subject.model, 1):
+        with pytest.raises(RuntimeError), context(loaded.model, 1):
             raise RuntimeError
-        with pytest.raises(InputError, match="blocks from 1 to 3"), context(subject.model, 4):
+        with pytest.raises(InputError, match="blocks from 1 to 3"), context(loaded.model, 4):
             pass
-        with pytest.raises(InputError, match="input_ids"), context(subject.model, 1):
-            subject.model(inputs_embeds=torch.zeros(1, 4, 32))
-    assert hooks_of(subject.model) == count
+        with pytest.raises(InputError, match="input_ids"), context(loaded.model, 1):
+            loaded.model(inputs_embeds=torch.zeros(1, 4, 32))
+    assert hooks_of(loaded.model) == count
 
 
 def test_knockouts_against_the_task(small_data, parts, tmp_path):
     model, processor = embedded_model(parts)
     records = few_records(small_data, tmp_path)
     table = knockout_table(
-        [Subject("one", model, processor), Subject("two", model, processor)],
+        [LoadedModel("one", model, processor), LoadedModel("two", model, processor)],
         records,
         "update",
         [1, 6],
@@ -367,15 +367,15 @@ def test_knockouts_against_the_task(small_data, parts, tmp_path):
     assert len(table) == 2 * 2 * 6 and table[table.layer == 6].loss.eq(0).all()
     assert len(knockout_figure(table).data) == 4
     with pytest.raises(InputError, match="knock-out 'x'"):
-        knockout_table(Subject("one", model, processor), records, "x")
+        knockout_table(LoadedModel("one", model, processor), records, "x")
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_every_pass_draws_orders_of_its_own(family):
-    subject = subject_of(family)
-    batches = [subject.batch([photo(0, size)]) for size in (SIZES[0], SIZES[1], SIZES[0])]
-    with permuted_tokens(subject.model):
-        first, other, second = ((batch["visual_mask"], states_of(subject.model, batch)) for batch in batches)
+    loaded = tiny_loaded(family)
+    batches = [loaded.batch([photo(0, size)]) for size in (SIZES[0], SIZES[1], SIZES[0])]
+    with permuted_tokens(loaded.model):
+        first, other, second = ((batch["visual_mask"], states_of(loaded.model, batch)) for batch in batches)
     assert not torch.allclose(first[1][first[0]], second[1][second[0]], atol=1e-3)
-    with permuted_tokens(subject.model):
-        assert torch.equal(first[1], states_of(subject.model, batches[0])) and other[0].any()
+    with permuted_tokens(loaded.model):
+        assert torch.equal(first[1], states_of(loaded.model, batches[0])) and other[0].any()

@@ -17,28 +17,28 @@ from aligned_mllm.analysis.lens import (
     view_picture,
 )
 from aligned_mllm.analysis.pca import pca_figure, pca_pictures, pca_table, principal_directions
-from aligned_mllm.analysis.subjects import Subject
+from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.models.compose import add_lora
 
 
-def subject_of(family: str, wrapped: bool = False) -> Subject:
+def tiny_loaded(family: str, wrapped: bool = False) -> LoadedModel:
     model, processor = tiny(family)
-    return Subject(family, add_lora(model, rank=2).eval() if wrapped else model, processor)
+    return LoadedModel(family, add_lora(model, rank=2).eval() if wrapped else model, processor)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_the_last_layer_the_lens_is_the_models_own_prediction(family):
-    subject = subject_of(family, wrapped=family in ("llava", "qwen3_vl"))
-    batch = subject.batch([photo(0, SIZES[0]), photo(1, SIZES[1])], "what is above")
+    loaded = tiny_loaded(family, wrapped=family in ("llava", "qwen3_vl"))
+    batch = loaded.batch([photo(0, SIZES[0]), photo(1, SIZES[1])], "what is above")
     with torch.no_grad():
-        own = subject.model(**model_inputs(batch)).logits.float().softmax(-1)[batch["visual_mask"]]
-    lens = logit_lens(subject, batch, top=3, special=True)
+        own = loaded.model(**model_inputs(batch)).logits.float().softmax(-1)[batch["visual_mask"]]
+    lens = logit_lens(loaded, batch, top=3, special=True)
     assert set(lens.layer) == {0, 1, 2, 3} and set(lens.patch) == set(range(len(own)))
     last = lens[lens.layer == 3].sort_values(["patch", "rank"])
     of_words = own[
-        :, : len(subject.processor.tokenizer)
+        :, : len(loaded.processor.tokenizer)
     ]  # rows of the table beyond the tokenizer are no words
     assert np.abs(last.probability.to_numpy().reshape(-1, 3) - of_words.topk(3).values.numpy()).max() < 1e-5
     at = own[torch.tensor(last.patch.to_numpy()), torch.tensor(last.token_id.to_numpy())]
@@ -51,24 +51,24 @@ def test_at_the_last_layer_the_lens_is_the_models_own_prediction(family):
     ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3", "paligemma", "gemma3"],
 )
 def test_nearest_words_of_what_the_projector_made(family):
-    subject = subject_of(family, wrapped=family == "llava")
-    batch = subject.batch([photo(0, SIZES[0])])
+    loaded = tiny_loaded(family, wrapped=family == "llava")
+    batch = loaded.batch([photo(0, SIZES[0])])
     pictures = {
         name: value
         for name, value in model_inputs(batch).items()
         if not name.startswith(("input_ids", "attention", "token_type", "mm_token"))
     }
     with torch.no_grad():
-        made = subject.model.get_image_features(**pictures).pooler_output
+        made = loaded.model.get_image_features(**pictures).pooler_output
     made = (
         torch.cat([part.flatten(0, -2) for part in made])
         if isinstance(made, (list, tuple))
         else made.flatten(0, -2)
     )
-    made = made[batch["visual_mask"][batch["input_ids"] == subject.model.config.image_token_id]].numpy()
-    table = subject.model.get_input_embeddings().weight.detach().numpy()
-    words = nearest_words(subject, batch, top=1)
-    tokenizer = subject.processor.tokenizer
+    made = made[batch["visual_mask"][batch["input_ids"] == loaded.model.config.image_token_id]].numpy()
+    table = loaded.model.get_input_embeddings().weight.detach().numpy()
+    words = nearest_words(loaded, batch, top=1)
+    tokenizer = loaded.processor.tokenizer
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     known = [index for index in range(len(tokenizer)) if index not in special]
     for patch in (0, len(made) // 2, len(made) - 1):
@@ -81,44 +81,44 @@ def test_nearest_words_of_what_the_projector_made(family):
 
 
 def test_special_tokens_are_shown_only_when_asked_for():
-    subject = subject_of("llava")
-    batch = subject.batch([photo(0, SIZES[0])])
-    size = len(subject.processor.tokenizer)
-    everything = logit_lens(subject, batch, [1], top=size, special=True)
-    assert set(subject.processor.tokenizer.all_special_ids) <= set(everything.token_id)
-    assert not set(subject.processor.tokenizer.all_special_ids) & set(
-        logit_lens(subject, batch, [1], top=size - 4).token_id
+    loaded = tiny_loaded("llava")
+    batch = loaded.batch([photo(0, SIZES[0])])
+    size = len(loaded.processor.tokenizer)
+    everything = logit_lens(loaded, batch, [1], top=size, special=True)
+    assert set(loaded.processor.tokenizer.all_special_ids) <= set(everything.token_id)
+    assert not set(loaded.processor.tokenizer.all_special_ids) & set(
+        logit_lens(loaded, batch, [1], top=size - 4).token_id
     )
     with pytest.raises(InputError, match="best of"):
-        logit_lens(subject, batch, [1], top=size)
+        logit_lens(loaded, batch, [1], top=size)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
 def test_words_and_the_unreadable_share_make_up_all_probability(family):
-    subject = subject_of(family)
-    batch = subject.batch([photo(0, SIZES[0])], "what is above")
-    share = unreadable_share(subject, batch)
+    loaded = tiny_loaded(family)
+    batch = loaded.batch([photo(0, SIZES[0])], "what is above")
+    share = unreadable_share(loaded, batch)
     with torch.no_grad():
-        own = subject.model(**model_inputs(batch)).logits.float().softmax(-1)[batch["visual_mask"]]
-    tokenizer = subject.processor.tokenizer
+        own = loaded.model(**model_inputs(batch)).logits.float().softmax(-1)[batch["visual_mask"]]
+    tokenizer = loaded.processor.tokenizer
     special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
     hidden = sorted({*special, *tokenizer.all_special_ids, *range(len(tokenizer), own.shape[1])})
     assert share.shape == (4, len(own)) and torch.allclose(share[3], own[:, hidden].sum(-1), atol=1e-5)
-    words = logit_lens(subject, batch, top=len(tokenizer) - sum(number < len(tokenizer) for number in hidden))
+    words = logit_lens(loaded, batch, top=len(tokenizer) - sum(number < len(tokenizer) for number in hidden))
     readable = words.groupby(["layer", "patch"]).probability.sum().to_numpy().reshape(share.shape)
     assert np.allclose(share.numpy() + readable, 1, atol=1e-4)
 
 
 def test_two_models_stand_in_one_table_and_one_figure():
-    subjects = [subject_of("llava"), subject_of("qwen2_5_vl")]
+    models = [tiny_loaded("llava"), tiny_loaded("qwen2_5_vl")]
     picture = photo(0, (80, 80))
-    table = lens_table(subjects, [picture], layers=[0, 2], top=2)
+    table = lens_table(models, [picture], layers=[0, 2], top=2)
     assert list(table.model.unique()) == ["llava", "qwen2_5_vl"]
     one = table[table.model == "llava"]
-    figure = lens_figure(one, picture, subjects[0].batch([picture])["grids"])
+    figure = lens_figure(one, picture, models[0].batch([picture])["grids"])
     assert [trace.type for trace in figure.data].count("heatmap") == 2
     with pytest.raises(InputError, match="view 3"):
-        lens_figure(one, picture, subjects[0].batch([picture])["grids"], view=3)
+        lens_figure(one, picture, models[0].batch([picture])["grids"], view=3)
     assert view_picture(picture, (0, 0, 0.5, 1)).size == (40, 80)
 
 
@@ -158,13 +158,13 @@ def test_colours_in_a_shared_basis_compare_and_in_their_own_do_not():
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl", "idefics3", "gemma3"])
 def test_pca_pictures_have_the_shape_of_their_views(family):
-    subject = subject_of(family)
+    loaded = tiny_loaded(family)
     pictures = [photo(0, SIZES[0]), photo(1, SIZES[1])]
-    table = pca_table(subject, pictures, layers=[0, 2])
-    grids = [subject.batch([picture])["grids"] for picture in pictures]
+    table = pca_table(loaded, pictures, layers=[0, 2])
+    grids = [loaded.batch([picture])["grids"] for picture in pictures]
     for image, views in enumerate(grids):
         for view, (rows, columns) in enumerate(views.tolist()):
             part = table[(table.image == image) & (table["view"] == view) & (table.layer == 2)]
             assert len(part) == rows * columns == len(part.drop_duplicates(["row", "column"]))
     assert len(pca_figure(table[table.image == 0], pictures).data) == 3
-    assert table.equals(pca_table(subject, pictures, layers=[0, 2]))
+    assert table.equals(pca_table(loaded, pictures, layers=[0, 2]))

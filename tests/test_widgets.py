@@ -23,7 +23,7 @@ from tiny_models import FAMILIES, tiny
 
 from aligned_mllm.apps import serve as apps
 from aligned_mllm.apps import widgets
-from aligned_mllm.analysis.subjects import Subject
+from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError, save_json
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
@@ -88,14 +88,16 @@ def session(runs) -> Session:
 
 @pytest.fixture(scope="module")
 def asked(session):
-    return widgets.ask(session.subject("toy/first"), widgets.drawn(3), "count red circle", max_new_tokens=4)
+    return widgets.ask(
+        session.checkpoint("toy/first"), widgets.drawn(3), "count red circle", max_new_tokens=4
+    )
 
 
 # what is computed
 
 
 def test_probabilities_are_those_of_a_plain_pass(session, asked):
-    model = session.subject("toy/first").model
+    model = session.checkpoint("toy/first").model
     with torch.no_grad():
         logits = model(**model_inputs(asked.batch), use_cache=False).logits[0].float()
     for place, token in enumerate(asked.tokens):
@@ -107,18 +109,18 @@ def test_probabilities_are_those_of_a_plain_pass(session, asked):
 
 
 def test_where_a_token_looked_is_eagers_row_of_the_position_before_it(session, asked):
-    subject = session.subject("toy/first")
-    subject.model.set_attn_implementation("eager")
+    loaded = session.checkpoint("toy/first")
+    loaded.model.set_attn_implementation("eager")
     with torch.no_grad():
-        attentions = subject.model(
+        attentions = loaded.model(
             **model_inputs(asked.batch), output_attentions=True, use_cache=False
         ).attentions
-    subject.model.set_attn_implementation("sdpa")
+    loaded.model.set_attn_implementation("sdpa")
     for index in (0, 2):
         expected = torch.stack(
             [layer[0, :, asked.prompt + index - 1][:, asked.batch["visual_mask"][0]] for layer in attentions]
         )
-        weights = widgets.looked(subject, asked, index)
+        weights = widgets.looked(loaded, asked, index)
         assert torch.allclose(weights, expected, atol=1e-4)
     look = Look(asked.tokens[2], weights, layer=2, head=3)
     assert np.allclose(look.percent(asked.views[0]), 100 * expected[1, 2].reshape(5, 5), atol=0.01)
@@ -131,14 +133,14 @@ def test_where_a_token_looked_is_eagers_row_of_the_position_before_it(session, a
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_asked_and_looked_at(family):
-    subject = Subject(family, *tiny(family))
+    loaded = LoadedModel(family, *tiny(family))
     picture = Picture(
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)), "noise"
     )
     heard = []
-    asked = widgets.ask(subject, picture, "what is here ?", heard.append, max_new_tokens=2)
+    asked = widgets.ask(loaded, picture, "what is here ?", heard.append, max_new_tokens=2)
     visual = int(asked.batch["visual_mask"].sum())
-    weights = widgets.looked(subject, asked, len(heard) - 1)
+    weights = widgets.looked(loaded, asked, len(heard) - 1)
     assert tuple(heard) == asked.tokens and weights.shape[-1] == visual == sum(
         rows * columns for _, rows, columns, _ in asked.views
     )
@@ -148,18 +150,18 @@ def test_every_family_can_be_asked_and_looked_at(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_the_lens_does_not_show_is_the_rest_of_its_distribution(family):
-    subject = Subject(family, *tiny(family))
-    batch = subject.batch(
+    loaded = LoadedModel(family, *tiny(family))
+    batch = loaded.batch(
         [Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))],
         "what is here ?",
     )
-    tokenizer = subject.processor.tokenizer
+    tokenizer = loaded.processor.tokenizer
     words = int(
-        widgets.readable_tokens(tokenizer, subject.model.get_output_embeddings().weight.shape[0]).sum()
+        widgets.readable_tokens(tokenizer, loaded.model.get_output_embeddings().weight.shape[0]).sum()
     )
-    lens = widgets.logit_lens(subject, batch, layers=[0, 1], top=words)  # every word that can be shown
+    lens = widgets.logit_lens(loaded, batch, layers=[0, 1], top=words)  # every word that can be shown
     expected = 1 - lens.groupby(["layer", "patch"]).probability.sum().to_numpy().reshape(2, -1)
-    found = widgets.special_share(subject, batch)
+    found = widgets.special_share(loaded, batch)
     assert np.allclose(found[:2].numpy(), expected, atol=1e-3) and 0 < found.mean() < 1
 
 
@@ -177,7 +179,7 @@ def test_special_tokens_that_hold_the_probability_are_said():
 
 
 def test_unknown_words_are_named(session):
-    tokenizer = session.subject("toy/first").processor.tokenizer
+    tokenizer = session.checkpoint("toy/first").processor.tokenizer
     asked = "what weather in Paris , red circle , Paris"
     expected = [
         word
@@ -344,7 +346,7 @@ def test_no_text_of_a_model_or_a_file_is_read_as_a_page(session, asked):
     panel.begin(HOSTILE, HOSTILE)
     widgets.show_answer(
         SimpleNamespace(finish=print, unknown=panel.unknown),
-        session.subject("toy/first"),
+        session.checkpoint("toy/first"),
         SimpleNamespace(question=HOSTILE),
     )
     work = Work(lambda: [])
@@ -369,7 +371,7 @@ def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeyp
     def broken(*arguments, **settings):
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr(session.subject("toy/second").model, "generate", broken)
+    monkeypatch.setattr(session.checkpoint("toy/second").model, "generate", broken)
     app.button.click()
     app.work.thread.join()
     first, second = app.pair.panels

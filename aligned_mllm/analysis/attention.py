@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .subjects import Subject, subjects_of
+from .checkpoints import LoadedModel, loaded_models
 from ..core import InputError
 from ..data.collate import model_inputs
 from ..data.encode import IGNORED, PER_TOKEN
@@ -228,8 +228,8 @@ class AttentionRows:
 # %% ../../nbs/lib/analysis/30_attention.ipynb #749b8af5
 @torch.inference_mode()
 def attention_rows(
-    subject: Subject,  # the model to look into
-    batch: dict,  # a batch of one, as `subject.batch` makes it
+    loaded: LoadedModel,  # the model to look into
+    batch: dict,  # a batch of one, as `loaded.batch` makes it
     queries: Sequence[int] | Tensor,  # (Q,) positions in the sequence, negative ones from its end
     layers: Sequence[int] | None = None,  # 1 to L; all by default
     image_only: bool = True,  # columns of the visual tokens; False: of all S positions
@@ -243,13 +243,13 @@ def attention_rows(
         raise InputError(
             f"queries {places} in {count} sequences of {length} tokens",
             f"at least one, from {-length} to {length - 1}, in a batch of one",
-            "make the batch with subject.batch and count positions in batch['input_ids'][0]",
+            "make the batch with loaded.batch and count positions in batch['input_ids'][0]",
         )
     order = sorted({place % length for place in places})
     wanted = torch.zeros(1, length, dtype=torch.bool)
     wanted[0, order] = True
-    with AttentionRows(subject.model, wanted, batch["visual_mask"] if image_only else None, layers) as rows:
-        subject.model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
+    with AttentionRows(loaded.model, wanted, batch["visual_mask"] if image_only else None, layers) as rows:
+        loaded.model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
     missing = sorted(set(rows.layer_of.values()) - set(rows.kept))
     if missing:
         raise InputError(
@@ -307,7 +307,7 @@ def continued(
 # %% ../../nbs/lib/analysis/30_attention.ipynb #efaabe4d
 @torch.inference_mode()
 def generated_rows(
-    subject: Subject,  # the model to ask
+    loaded: LoadedModel,  # the model to ask
     batch: dict,  # a batch of one that ends with a question
     max_new_tokens: int = 20,
     layers: Sequence[int] | None = None,  # 1 to L; all by default
@@ -315,18 +315,18 @@ def generated_rows(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """A greedy answer's T tokens (T,) and {layer: (H, T, V)}, the weights when each was predicted, on the
     CPU. Raises InputError as `attention_rows` does."""
-    tokenizer = subject.processor.tokenizer
+    tokenizer = loaded.processor.tokenizer
     length = batch["input_ids"].shape[1]
-    made = subject.model.generate(
+    made = loaded.model.generate(
         **model_inputs(batch),
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
     )
     tokens = made[0, length:]
-    whole = continued(batch, tokens, subject.processor)
+    whole = continued(batch, tokens, loaded.processor)
     return tokens.cpu(), attention_rows(
-        subject, whole, range(length - 1, length - 1 + len(tokens)), layers, image_only
+        loaded, whole, range(length - 1, length - 1 + len(tokens)), layers, image_only
     )
 
 # %% ../../nbs/lib/analysis/30_attention.ipynb #84376a51
@@ -351,7 +351,7 @@ def views_of_samples(
 # %% ../../nbs/lib/analysis/30_attention.ipynb #06290371
 @torch.inference_mode()
 def measured_rows(
-    subjects: Subject | Sequence[Subject],  # one or several models
+    models: LoadedModel | Sequence[LoadedModel],  # one or several models
     records: Records,  # conversations with pictures
     measure: Callable[
         [Tensor, Tensor], Tensor
@@ -369,22 +369,20 @@ def measured_rows(
     tables = []
     names = [*names, "uniform"] if even else list(names)
     chosen = [records[index] for index in range(count)]
-    for subject in subjects_of(subjects):
+    for loaded in loaded_models(models):
         values = {}
-        for _, batch in zip(
-            range(ceil(count / batch_size)), subject.batches(records, min(batch_size, count))
-        ):
+        for _, batch in zip(range(ceil(count / batch_size)), loaded.batches(records, min(batch_size, count))):
             views = views_of_samples(batch)
 
             def keep(rows: Tensor, sample: int) -> Tensor:
                 return measure(rows, batch["grids"][views[sample]]).float().cpu()  # noqa: B023
 
-            what = subject.model, query_mask(batch, queries), batch["visual_mask"], layers, keep
+            what = loaded.model, query_mask(batch, queries), batch["visual_mask"], layers, keep
             with (
                 AttentionRows(*what) as rows,
                 AttentionRows(*what, even=True) if even else nullcontext() as spread,
             ):
-                subject.model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
+                loaded.model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
             for layer, kept in rows.kept.items():
                 pairs = zip(kept, spread.kept[layer]) if even else zip(kept)
                 values.setdefault(layer, []).extend(
@@ -396,7 +394,7 @@ def measured_rows(
                 "record": [each.id for each in chosen for _ in range(heads)],
                 "picture": [each.images[0] for each in chosen for _ in range(heads)],
             }
-            columns = {"model": subject.name, **where, "layer": layer, "head": [*range(heads)] * count}
+            columns = {"model": loaded.name, **where, "layer": layer, "head": [*range(heads)] * count}
             tables.append(pd.DataFrame({**columns, **dict(zip(names, torch.cat(kept[:count]).T.numpy()))}))
     return pd.concat(tables, ignore_index=True)
 
@@ -417,7 +415,7 @@ def over_pictures(
 
 # %% ../../nbs/lib/analysis/30_attention.ipynb #488823cd
 def image_attention_table(
-    subjects: Subject | Sequence[Subject],  # one or several models
+    models: LoadedModel | Sequence[LoadedModel],  # one or several models
     records: Records,  # conversations with pictures
     queries: str = "first",  # which rows, as `query_mask` takes it
     by_head: bool = False,  # a row for each head
@@ -430,7 +428,7 @@ def image_attention_table(
     InputError as `measured_rows` does."""
     by = ("model", "layer", "head") if by_head else ("model", "layer")
     raw = measured_rows(
-        subjects,
+        models,
         records,
         lambda rows, _: rows.sum(-1).mean(1),
         queries,

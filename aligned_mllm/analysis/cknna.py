@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .features import Features, read_features, write_features
-from .subjects import Subject, subjects_of
+from .checkpoints import LoadedModel, loaded_models
 from ..core import InputError
 from ..data.records import Records
 from ..figures import layers_figure
@@ -766,7 +766,7 @@ def points_at(
 
 # %% ../../nbs/lib/analysis/20_cknna.ipynb #1ac35e32
 def cknna_of_features(
-    features: Features,  # of one subject
+    features: Features,  # of one model
     references: Sequence[str] | None = None,  # all that were written, by default
     k: int = 10,
     level: str = "token",
@@ -816,13 +816,13 @@ def cknna_of_features(
 
 # %% ../../nbs/lib/analysis/20_cknna.ipynb #a29c882b
 def cknna_table(
-    subjects: Subject
-    | Sequence[Subject]
+    models: LoadedModel
+    | Sequence[LoadedModel]
     | None,  # one or several models; None: those whose features lie in the folder
     images: Sequence[Image.Image] | Records = (),  # pictures
     folder: str | Path | None = None,  # where features are kept; None: a temporary one
-    teachers: dict[str, Teacher] | None = None,  # references by name, beside the subject's own encoder
-    encoder: bool = True,  # whether the subject's own encoder is a reference
+    teachers: dict[str, Teacher] | None = None,  # references by name, beside the model's own encoder
+    encoder: bool = True,  # whether the model's own encoder is a reference
     layers: Sequence[int] | None = None,  # all by default
     **settings,  # k, level, groups, permutations, seed, normalise, form, unbiased, measures: as `cknna_of_features` takes them
 ) -> pd.DataFrame:
@@ -840,16 +840,16 @@ def cknna_table(
             f"level of {LEVELS}, form of {FORMS}, measures of {MEASURES}",
             "correct these",
         )
-    if subjects is None:
+    if models is None:
         return pd.concat(
             [cknna_of_features(each, **settings) for each in read_features(folder).values()],
             ignore_index=True,
         )
     with tempfile.TemporaryDirectory() as scratch:
-        place = write_features(subjects, images, folder or scratch, teachers, encoder, layers)
+        place = write_features(models, images, folder or scratch, teachers, encoder, layers)
         found = read_features(place)
         return pd.concat(
-            [cknna_of_features(found[each.name], **settings) for each in subjects_of(subjects)],
+            [cknna_of_features(found[each.name], **settings) for each in loaded_models(models)],
             ignore_index=True,
         )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention import measured_rows, over_pictures
-from .subjects import Subject
+from .checkpoints import LoadedModel
 from ..core import InputError
 from ..data.records import Records
 from ..evals.statistics import require_columns
@@ -225,7 +225,7 @@ def shuffled_patches(
 
 # %% ../../nbs/lib/analysis/40_entropy.ipynb #c98f5eca
 def spatial_entropy_table(
-    subjects: Subject | Sequence[Subject],  # one or several models
+    models: LoadedModel | Sequence[LoadedModel],  # one or several models
     records: Records,  # conversations with pictures
     queries: str = "first",  # which rows, as `query_mask` takes it
     by_head: bool = False,  # a row for each head
@@ -248,7 +248,7 @@ def spatial_entropy_table(
         return values.masked_fill(values.isinf(), torch.nan).nanmean(2).T
 
     by = ("model", "layer", "head") if by_head else ("model", "layer")
-    raw = measured_rows(subjects, records, measure, queries, layers, batch_size, first_records, names)
+    raw = measured_rows(models, records, measure, queries, layers, batch_size, first_records, names)
     undefined = (
         raw.value.isna()
         .groupby([raw[name] for name in by], sort=False)

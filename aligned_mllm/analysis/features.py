@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROW', 'picture_batch', 'visual_states', 'reference_features', 'GrowingRows', 'rows_of', 'features_beside',
-           'own_encoder', 'settings_of', 'PictureList', 'write_subject', 'write_features', 'Features', 'read_features']
+           'own_encoder', 'settings_of', 'PictureList', 'write_model_features', 'write_features', 'Features',
+           'read_features']
 
 # %% ../../nbs/lib/analysis/10_features.ipynb #b18decd8
 import hashlib
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .subjects import Subject, subjects_of
+from .checkpoints import LoadedModel, loaded_models
 from ..core import InputError, checksum, load_json, path_inside, save_json, sole_owner
 from ..data.collate import Collator, model_inputs
 from ..data.encode import encode
@@ -212,28 +213,28 @@ def features_beside(
 
 # %% ../../nbs/lib/analysis/10_features.ipynb #38f54e51
 def own_encoder(
-    subject: Subject,  # whose vision tower to read
+    loaded: LoadedModel,  # whose vision tower to read
 ) -> Teacher:
-    """The subject's own vision encoder as a teacher: a frozen copy. Raises InputError where it cannot be
+    """The model's own vision encoder as a teacher: a frozen copy. Raises InputError where it cannot be
     run apart from its model."""
     from copy import deepcopy
 
-    tower = parts_of(subject.model)["vision_tower"][0]
-    layer = getattr(subject.model.config, "vision_feature_layer", None)
+    tower = parts_of(loaded.model)["vision_tower"][0]
+    layer = getattr(loaded.model.config, "vision_feature_layer", None)
     kind = tower.config.model_type
     if kind not in FAMILIES or FAMILIES[kind].part:
         raise InputError(
-            f"{subject.name}'s encoder, of type {kind!r}",
+            f"{loaded.name}'s encoder, of type {kind!r}",
             "one that takes a picture alone: CLIP's or SigLIP's kind",
             "pass encoder=False: layer 0, its projected features, is written in any case; or pass an encoder of your own in teachers",
         )
     if isinstance(layer, int):
-        return encoder_teacher(subject.model, subject.processor)
-    return Teacher("encoder", deepcopy(tower), subject.processor.image_processor)
+        return encoder_teacher(loaded.model, loaded.processor)
+    return Teacher("encoder", deepcopy(tower), loaded.processor.image_processor)
 
 # %% ../../nbs/lib/analysis/10_features.ipynb #c5301ca5
 def settings_of(
-    subject: Subject,
+    loaded: LoadedModel,
     count: int,  # pictures
     teachers: dict[str, Teacher],
     layers: list[int],
@@ -243,14 +244,14 @@ def settings_of(
     """All that features depend on beside the pictures: JSON values. Raises InputError when a teacher has
     changed since it was loaded."""
     described = json.dumps(
-        [subject.processor.to_dict(), subject.processor.chat_template], sort_keys=True, default=str
+        [loaded.processor.to_dict(), loaded.processor.chat_template], sort_keys=True, default=str
     )
     return {
         "format": 1,
-        "subject": subject.name,
-        "class": type(subject.model).__name__,
-        "checksum": checksum(subject.model),
-        "model type": str(subject.model.dtype),
+        "model": loaded.name,
+        "class": type(loaded.model).__name__,
+        "checksum": checksum(loaded.model),
+        "model type": str(loaded.model.dtype),
         "processor": hashlib.sha256(described.encode()).hexdigest()[:16],
         "pictures": count,
         "layers": layers,
@@ -292,21 +293,21 @@ class PictureList:
 
 # %% ../../nbs/lib/analysis/10_features.ipynb #622fb627
 @torch.inference_mode()
-def write_subject(
-    subject: Subject,
+def write_model_features(
+    loaded: LoadedModel,
     pictures: PictureList,  # at its beginning
-    folder: Path,  # of this subject
+    folder: Path,  # of this model
     teachers: dict[str, Teacher],
     layers: list[int],  # sorted
     batch_size: int,
     dtype: str,  # of the files
 ) -> None:
-    """Write the features of one subject, from where they were left. Raises InputError for a folder of
+    """Write the features of one model, from where they were left. Raises InputError for a folder of
     other settings, weights or pictures."""
-    model = subject.model.eval()
+    model = loaded.model.eval()
     count = len(pictures.names)
     remedy = "choose another folder, or delete this one"
-    settings = settings_of(subject, count, teachers, layers, batch_size, dtype)
+    settings = settings_of(loaded, count, teachers, layers, batch_size, dtype)
     note = folder / "progress.json"
     if (folder / "settings.json").is_file():
         refuse_other(load_json(folder / "settings.json"), settings, f"the folder {folder}", remedy)
@@ -332,12 +333,12 @@ def write_subject(
     starts = range(done["pictures"], count, batch_size)
     for start in tqdm(
         starts,
-        desc=f"features of {subject.name}",
+        desc=f"features of {loaded.name}",
         initial=-(-done["pictures"] // batch_size),
         total=-(-count // batch_size),
     ):
         images = pictures.take(start, start + batch_size)
-        batch = subject.placed(picture_batch(subject.processor, images))
+        batch = loaded.placed(picture_batch(loaded.processor, images))
         with Taps(model, layers) as taps:
             model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
         rows = [taps.states(layer, batch["visual_mask"]) for layer in layers] + [
@@ -359,11 +360,11 @@ def write_subject(
 
 # %% ../../nbs/lib/analysis/10_features.ipynb #986dcc9e
 def write_features(
-    subjects: Subject | Sequence[Subject],  # one or several models
+    models: LoadedModel | Sequence[LoadedModel],  # one or several models
     images: Sequence[Image.Image] | Records,  # pictures; of records, each different picture
-    folder: str | Path,  # where to write: a folder in it for each subject
+    folder: str | Path,  # where to write: a folder in it for each model
     teachers: dict[str, Teacher] | None = None,  # by the name that tables will show
-    encoder: bool = True,  # write the subject's own encoder too, as the teacher "encoder"
+    encoder: bool = True,  # write the model's own encoder too, as the teacher "encoder"
     layers: Sequence[int] | None = None,  # 0 is the LLM's input, k the output of block k; all by default
     batch_size: int = 8,
     dtype: str = "float32",  # of the files; "float16" halves them
@@ -377,23 +378,23 @@ def write_features(
         )
     folder = Path(folder)
     with sole_owner(folder):
-        for subject in subjects_of(subjects):
-            own = {"encoder": own_encoder(subject)} if encoder and "encoder" not in (teachers or {}) else {}
+        for loaded in loaded_models(models):
+            own = {"encoder": own_encoder(loaded)} if encoder and "encoder" not in (teachers or {}) else {}
             wanted = check_layers(
-                range(len(decoder_layers(subject.model)) + 1) if layers is None else layers, subject.model
+                range(len(decoder_layers(loaded.model)) + 1) if layers is None else layers, loaded.model
             )
-            place = path_inside(folder, quote(subject.name, safe=""))
-            write_subject(
-                subject, PictureList(images), place, {**own, **(teachers or {})}, wanted, batch_size, dtype
+            place = path_inside(folder, quote(loaded.name, safe=""))
+            write_model_features(
+                loaded, PictureList(images), place, {**own, **(teachers or {})}, wanted, batch_size, dtype
             )
     return folder
 
 # %% ../../nbs/lib/analysis/10_features.ipynb #04328650
 @dataclass(frozen=True)
 class Features:
-    "What `write_features` left of one subject, mapped into memory."
+    "What `write_features` left of one model, mapped into memory."
 
-    name: str  # of the subject
+    name: str  # of the model
     folder: Path  # of its files
     layers: tuple[int, ...]
     references: tuple[str, ...]  # teachers, "encoder" among them
@@ -424,7 +425,7 @@ class Features:
 def read_features(
     folder: str | Path,  # from `write_features`
 ) -> dict[str, Features]:
-    """The features in a folder, by subject. Raises InputError when there are none, or when they are not
+    """The features in a folder, by model. Raises InputError when there are none, or when they are not
     complete."""
     found = {}
     for place in sorted(path.parent for path in Path(folder).glob("*/settings.json")):
@@ -438,7 +439,7 @@ def read_features(
                 "call write_features again: it goes on from there",
             )
         index = pd.DataFrame(np.load(place / "rows.npy"), columns=ROW)
-        name = settings["subject"]
+        name = settings["model"]
         found[name] = Features(name, place, tuple(settings["layers"]), tuple(settings["teachers"]), index)
     if not found:
         raise InputError(f"no features in {folder}", "a folder from write_features", "check the path")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .permutation import paired_loss
-from .subjects import Subject, subjects_of
+from .checkpoints import LoadedModel, loaded_models
 from ..core import InputError
 from ..data.records import Records
 from ..evals.statistics import require_columns
@@ -179,7 +179,7 @@ def without_image_attention(
 
 # %% ../../nbs/lib/analysis/60_knockout.ipynb #6c9459b4
 def knockout_table(
-    subjects: Subject | Sequence[Subject],
+    models: LoadedModel | Sequence[LoadedModel],
     records: Records,  # questions about images
     kind: str = "attention",  # "attention": from text to image, from a layer on; "update": of a layer
     layers: Sequence[int] | None = None,  # blocks, from 1; all by default
@@ -197,15 +197,15 @@ def knockout_table(
         )
     tables = []
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    for subject in subjects_of(subjects):
-        every = range(1, len(decoder_layers(subject.model)) + 1)
-        chosen = check_blocks(every if layers is None else layers, subject.model)
-        before = answers_of(subject.model, subject.processor, records, **options)
-        for layer in tqdm(chosen, desc=f"{subject.name}: {kind}", leave=False, disable=len(records) < 200):
-            with kinds[kind](subject.model, layer):
-                after = answers_of(subject.model, subject.processor, records, **options)
+    for loaded in loaded_models(models):
+        every = range(1, len(decoder_layers(loaded.model)) + 1)
+        chosen = check_blocks(every if layers is None else layers, loaded.model)
+        before = answers_of(loaded.model, loaded.processor, records, **options)
+        for layer in tqdm(chosen, desc=f"{loaded.name}: {kind}", leave=False, disable=len(records) < 200):
+            with kinds[kind](loaded.model, layer):
+                after = answers_of(loaded.model, loaded.processor, records, **options)
             table = paired_loss(before, [after])
-            tables.append(table.assign(model=subject.name, kind=kind, layer=layer))
+            tables.append(table.assign(model=loaded.name, kind=kind, layer=layer))
     table = pd.concat(tables, ignore_index=True)
     return table[["model", "kind", "layer", *table.columns[:-3]]]
 

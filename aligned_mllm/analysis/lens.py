@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .subjects import Subject, subjects_of
+from .checkpoints import LoadedModel, loaded_models
 from ..core import InputError
 from ..data.collate import model_inputs
 from ..evals.statistics import require_columns
@@ -82,10 +82,12 @@ def best_words(
     )
 
 # %% ../../nbs/lib/analysis/70_lens.ipynb #87b89ab2
-def _probabilities(subject: Subject, batch: dict, layers: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
+def _probabilities(
+    loaded: LoadedModel, batch: dict, layers: Sequence[int]
+) -> Iterator[tuple[int, int, Tensor]]:
     """Probabilities of the next token at visual positions: (layer, number of the first patch, (n, words))
     for up to 256 patches at a time. Raises InputError as `Taps`."""
-    model = subject.model.eval()
+    model = loaded.model.eval()
     norm, head, bound = readout(model)
     with Taps(model, layers) as taps:
         model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
@@ -100,8 +102,8 @@ def _probabilities(subject: Subject, batch: dict, layers: Sequence[int]) -> Iter
 # %% ../../nbs/lib/analysis/70_lens.ipynb #a2c43436
 @torch.inference_mode()
 def logit_lens(
-    subject: Subject,
-    batch: dict,  # from this subject's `batch`: V visual tokens
+    loaded: LoadedModel,
+    batch: dict,  # from this model's `batch`: V visual tokens
     layers: Sequence[int] | None = None,  # 0 is the LLM's input, k the output of block k; all by default
     top: int = 5,  # words of each patch
     special: bool = False,  # True shows special tokens too
@@ -109,44 +111,44 @@ def logit_lens(
     """What each visual token predicts by the model's own final norm and head, at each layer: model,
     layer, patch, rank, token, token_id, probability (0-1, over the whole vocabulary). Raises InputError
     for layers that do not exist and for a batch without images."""
-    tokenizer = subject.processor.tokenizer
-    layers = list(range(len(decoder_layers(subject.model)) + 1)) if layers is None else list(layers)
-    shown = readable_tokens(tokenizer, readout(subject.model)[1].weight.shape[0], special)
+    tokenizer = loaded.processor.tokenizer
+    layers = list(range(len(decoder_layers(loaded.model)) + 1)) if layers is None else list(layers)
+    shown = readable_tokens(tokenizer, readout(loaded.model)[1].weight.shape[0], special)
     tables = []
-    for layer, start, probabilities in _probabilities(subject, batch, layers):
+    for layer, start, probabilities in _probabilities(loaded, batch, layers):
         table = best_words(probabilities, shown, tokenizer, top, "probability")
-        tables.append(table.assign(model=subject.name, layer=layer, patch=table.patch + start))
+        tables.append(table.assign(model=loaded.name, layer=layer, patch=table.patch + start))
     columns = "model layer patch rank token token_id probability".split()
     return pd.concat(tables, ignore_index=True)[columns]
 
 # %% ../../nbs/lib/analysis/70_lens.ipynb #4a458ff3
 @torch.inference_mode()
 def unreadable_share(
-    subject: Subject,
-    batch: dict,  # from this subject's `batch`: V visual tokens
+    loaded: LoadedModel,
+    batch: dict,  # from this model's `batch`: V visual tokens
 ) -> Tensor:
     """The probability (0-1) that the logit lens gives to special tokens and unused rows, at each layer
     from 0, the LLM's input, to L: (L + 1, V). Raises InputError as `logit_lens`."""
-    layers = list(range(len(decoder_layers(subject.model)) + 1))
+    layers = list(range(len(decoder_layers(loaded.model)) + 1))
     shares = []
-    for _, _, probabilities in _probabilities(subject, batch, layers):
-        hidden = ~readable_tokens(subject.processor.tokenizer, probabilities.shape[-1])
+    for _, _, probabilities in _probabilities(loaded, batch, layers):
+        hidden = ~readable_tokens(loaded.processor.tokenizer, probabilities.shape[-1])
         shares.append(probabilities[:, hidden.to(probabilities.device)].sum(-1).cpu())
     return torch.cat(shares).reshape(len(layers), -1)
 
 # %% ../../nbs/lib/analysis/70_lens.ipynb #51b71268
 @torch.inference_mode()
 def nearest_words(
-    subject: Subject,
-    batch: dict,  # from this subject's `batch`: V visual tokens
+    loaded: LoadedModel,
+    batch: dict,  # from this model's `batch`: V visual tokens
     top: int = 5,  # words of each patch
     special: bool = False,  # True shows special tokens too
 ) -> pd.DataFrame:
     """The words whose input embeddings have the largest cosine with each visual token as it enters the
     language model (the projector's output): model, patch, rank, token, token_id, cosine (-1 to 1). Raises
     InputError for a batch without images."""
-    model = subject.model.eval()
-    tokenizer = subject.processor.tokenizer
+    model = loaded.model.eval()
+    tokenizer = loaded.processor.tokenizer
     with Taps(model, [0]) as taps:
         model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
     normalize = torch.nn.functional.normalize
@@ -154,22 +156,22 @@ def nearest_words(
     states = normalize(taps.states(0, batch["visual_mask"]).float(), dim=-1)
     shown = readable_tokens(tokenizer, len(table), special)
     words = best_words(states.to(table.device) @ table.T, shown, tokenizer, top, "cosine")
-    return words.assign(model=subject.name)["model patch rank token token_id cosine".split()]
+    return words.assign(model=loaded.name)["model patch rank token token_id cosine".split()]
 
 # %% ../../nbs/lib/analysis/70_lens.ipynb #fea0360c
 def lens_table(
-    subjects: Subject | Sequence[Subject],
+    models: LoadedModel | Sequence[LoadedModel],
     images: Sequence[Image.Image],  # of one sample
     question: str = "",
     layers: Sequence[int] | None = None,  # 0 is the LLM's input, k the output of block k; all by default
     top: int = 5,  # words of each patch
     special: bool = False,  # True shows special tokens too
 ) -> pd.DataFrame:
-    """The logit lens of one or several subjects on the same images, with the columns of `logit_lens`.
-    Raises InputError as `logit_lens` and `subjects_of`."""
+    """The logit lens of one or several models on the same images, with the columns of `logit_lens`.
+    Raises InputError as `logit_lens` and `loaded_models`."""
     tables = []
-    for subject in subjects_of(subjects):
-        tables.append(logit_lens(subject, subject.batch(images, question), layers, top, special))
+    for loaded in loaded_models(models):
+        tables.append(logit_lens(loaded, loaded.batch(images, question), layers, top, special))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/lib/analysis/70_lens.ipynb #b9eff635

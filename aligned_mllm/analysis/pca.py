@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .lens import evenly, on_patches, picture_trace, view_picture
-from .subjects import Subject, subjects_of
+from .checkpoints import LoadedModel, loaded_models
 from ..core import InputError
 from ..data.collate import model_inputs
 from ..evals.statistics import require_columns
@@ -130,7 +130,7 @@ def _check_entries(flat: dict[Hashable, Tensor], grids: Tensor, shared: bool) ->
 # %% ../../nbs/lib/analysis/80_pca.ipynb #53400dc8
 @torch.inference_mode()
 def view_states(
-    subject: Subject,
+    loaded: LoadedModel,
     images: Sequence[Image.Image],  # I images, each in a sample of its own
     layers: Sequence[int] | None = None,  # 0 is the LLM's input, k the output of block k; all by default
 ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
@@ -138,13 +138,13 @@ def view_states(
     Raises InputError without images and for wrong layers."""
     if not images:
         raise InputError("no images", "at least one", "pass some images")
-    layers = list(range(len(decoder_layers(subject.model)) + 1)) if layers is None else list(layers)
+    layers = list(range(len(decoder_layers(loaded.model)) + 1)) if layers is None else list(layers)
     found = {layer: [] for layer in layers}
     grids = []
     view_of = []
-    model = subject.model.eval()
+    model = loaded.model.eval()
     for number, image in enumerate(images):
-        batch = subject.batch([image])
+        batch = loaded.batch([image])
         with Taps(model, layers) as taps:
             model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
         grids.append(batch["grids"].cpu())
@@ -155,7 +155,7 @@ def view_states(
 
 # %% ../../nbs/lib/analysis/80_pca.ipynb #cd2d799a
 def pca_table(
-    subjects: Subject | Sequence[Subject],
+    models: LoadedModel | Sequence[LoadedModel],
     images: Sequence[Image.Image],  # each in a sample of its own
     layers: Sequence[int] | None = None,  # 0 is the LLM's input, k the output of block k; all by default
     shared: bool = True,  # one basis for all models, layers and images; else one for each
@@ -167,16 +167,16 @@ def pca_table(
     InputError, also for models whose grids or, in a shared basis, widths differ."""
     states = {}
     grids = None
-    for subject in subjects_of(subjects):
-        found, own_grids, view_of = view_states(subject, images, layers)
+    for loaded in loaded_models(models):
+        found, own_grids, view_of = view_states(loaded, images, layers)
         if grids is not None and not torch.equal(grids, own_grids):
             raise InputError(
-                f"grids {own_grids.tolist()} of {subject.name}",
+                f"grids {own_grids.tolist()} of {loaded.name}",
                 f"{grids.tolist()}, as for the first model",
                 "draw models of different grids in tables of their own",
             )
         grids = own_grids
-        states |= {(subject.name, layer): value for layer, value in found.items()}
+        states |= {(loaded.name, layer): value for layer, value in found.items()}
     drawn, shares = pca_pictures(states, grids, shared, view_of, unit, centred)
     total = shares.groupby(["entry", "picture"]).share.sum()
     parts = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .subjects import Subject, subjects_of
+from .checkpoints import LoadedModel, loaded_models
 from ..core import InputError
 from ..data.records import Records
 from ..evals.statistics import interval, require_columns
@@ -215,7 +215,7 @@ def paired_loss(
 
 # %% ../../nbs/lib/analysis/50_permutation.ipynb #d0113b03
 def permutation_test(
-    subjects: Subject | Sequence[Subject],
+    models: LoadedModel | Sequence[LoadedModel],
     records: Records,  # questions about images
     permutations: int = 3,  # orders drawn for each image
     seed: int = 0,  # of the first permutation; the next ones have the following numbers
@@ -232,15 +232,15 @@ def permutation_test(
         )
     tables = []
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    for subject in subjects_of(subjects):
-        before = answers_of(subject.model, subject.processor, records, **options)
+    for loaded in loaded_models(models):
+        before = answers_of(loaded.model, loaded.processor, records, **options)
         after = []
-        bar = {"desc": f"{subject.name}: permutations", "leave": False, "disable": len(records) < 200}
+        bar = {"desc": f"{loaded.name}: permutations", "leave": False, "disable": len(records) < 200}
         for number in tqdm(range(permutations), **bar):
-            with permuted_tokens(subject.model, seed + number):
-                after.append(answers_of(subject.model, subject.processor, records, **options))
+            with permuted_tokens(loaded.model, seed + number):
+                after.append(answers_of(loaded.model, loaded.processor, records, **options))
         table = paired_loss(before, after)
-        table.insert(0, "model", subject.name)
+        table.insert(0, "model", loaded.name)
         table.insert(1, "permutations", permutations)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'SOURCES', 'WIDE', 'EVERY', 'Known', 'Picture', 'drawn', 'uploaded', 'recorded', 'runs_in', 'data_of',
-           'Session', 'quiet_subject', 'caution', 'Token', 'Listener', 'Asked', 'with_answer', 'ask', 'looked', 'Look',
+           'Session', 'load_quietly', 'caution', 'Token', 'Listener', 'Asked', 'with_answer', 'ask', 'looked', 'Look',
            'picture_source', 'picture_layout', 'patch_places', 'attention_data', 'overlay_figure', 'Spoken',
            'special_share', 'shade', 'spoken_html', 'Work', 'answer_button', 'Overlay', 'overlay_widget',
            'figure_widget', 'patch_frame', 'Panel', 'unknown_words', 'Pair', 'ask_pair', 'answer_in', 'show_answer',
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..analysis.attention import attention_rows
 from ..analysis.lens import logit_lens, nearest_words, readable_tokens, readout
-from ..analysis.subjects import Subject, load_subject
+from ..analysis.checkpoints import LoadedModel, load_checkpoint
 from ..core import InputError, data_folder, load_json, path_inside
 from ..data.collate import model_inputs
 from ..data.encode import IGNORED, PER_TOKEN
@@ -210,11 +210,11 @@ class Session:
             )
         return self.runs[name]
 
-    def subject(self, name: str) -> Subject:
+    def checkpoint(self, name: str) -> LoadedModel:
         "The checkpoint of that name. Raises InputError for an unknown one."
         with self.lock:
             if name not in self.loaded:
-                made = quiet_subject(name, None if name == EMBEDDED else self.run(name))
+                made = load_quietly(name, None if name == EMBEDDED else self.run(name))
                 self.loaded = dict([*self.loaded.items(), (name, made)][-self.kept :])
             self.loaded[name] = self.loaded.pop(name)  # the latest is dropped last
             return self.loaded[name]
@@ -235,18 +235,20 @@ class Session:
         return self.opened[file]
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #dc95f67c
-def quiet_subject(
+def load_quietly(
     name: str,  # of the checkpoint
     run: Path | None,  # its folder; None: the repository's own parts under an untrained projector
-) -> Subject:
-    "A subject, loaded without progress bars. Raises InputError where there is no model."
+) -> LoadedModel:
+    "A model, loaded without progress bars. Raises InputError where there is no model."
     from aligned_mllm.worlds.small_models import embedded_model
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return load_subject(run, name) if run else Subject(name, *embedded_model(data_folder() / "parts"))
+        return (
+            load_checkpoint(run, name) if run else LoadedModel(name, *embedded_model(data_folder() / "parts"))
+        )
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -354,7 +356,7 @@ def with_answer(
 # %% ../../nbs/lib/apps/00_widgets.ipynb #18cd0631
 @torch.inference_mode()
 def ask(
-    subject: Subject,  # who answers
+    loaded: LoadedModel,  # who answers
     picture: Picture,
     question: str,
     on_token: Callable[[Token], None] = lambda token: None,  # called at once with every token
@@ -366,29 +368,29 @@ def ask(
         raise InputError(
             "an empty question", "some words", "write a question, or choose one of those offered"
         )
-    batch = subject.batch([picture.image], question.strip())
+    batch = loaded.batch([picture.image], question.strip())
     tokens = []
 
     def heard(token: Token) -> None:
         tokens.append(token)
         on_token(token)
 
-    listener = Listener(subject.processor.tokenizer, heard)
-    subject.model.generate(
+    listener = Listener(loaded.processor.tokenizer, heard)
+    loaded.model.generate(
         **model_inputs(batch),
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         streamer=listener,
         logits_processor=[listener],
-        pad_token_id=subject.processor.tokenizer.pad_token_id,
+        pad_token_id=loaded.processor.tokenizer.pad_token_id,
     )
-    whole = with_answer(batch, [token.id for token in tokens], layout_of(subject.processor).prefix_lm)
-    return Asked(subject.name, picture, question.strip(), tuple(tokens), whole, batch["input_ids"].shape[1])
+    whole = with_answer(batch, [token.id for token in tokens], layout_of(loaded.processor).prefix_lm)
+    return Asked(loaded.name, picture, question.strip(), tuple(tokens), whole, batch["input_ids"].shape[1])
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #f1c8d35a
 def looked(
-    subject: Subject,  # who answered
+    loaded: LoadedModel,  # who answered
     asked: Asked,
     index: int,  # of a token of the answer, from 0
 ) -> Tensor:
@@ -396,7 +398,7 @@ def looked(
     rest went to words). Raises InputError."""
     if not 0 <= index < len(asked.tokens):
         raise InputError(f"token {index}", f"0 to {len(asked.tokens) - 1}", "click a token of this answer")
-    rows = attention_rows(subject, asked.batch, [asked.prompt + index - 1])
+    rows = attention_rows(loaded, asked.batch, [asked.prompt + index - 1])
     return torch.stack([rows[layer][:, 0] for layer in sorted(rows)]).float().cpu()
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #e83a70d3
@@ -558,27 +560,27 @@ class Spoken:
     special: Tensor  # (L + 1, V): the probability of special tokens, which the lens leaves out
 
     @classmethod
-    def of(cls, subject: Subject, asked: Asked, top: int = 3) -> "Spoken":
+    def of(cls, loaded: LoadedModel, asked: Asked, top: int = 3) -> "Spoken":
         "The tables of one question's picture."
         return cls(
-            nearest_words(subject, asked.batch, top=top),
-            logit_lens(subject, asked.batch, top=top),
-            special_share(subject, asked.batch),
+            nearest_words(loaded, asked.batch, top=top),
+            logit_lens(loaded, asked.batch, top=top),
+            special_share(loaded, asked.batch),
         )
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #2b930a3a
 @torch.inference_mode()
 def special_share(
-    subject: Subject,
-    batch: dict,  # from this subject's `batch`: V visual tokens
+    loaded: LoadedModel,
+    batch: dict,  # from this model's `batch`: V visual tokens
 ) -> Tensor:
     """The probability of what the lens leaves out as no word, special tokens and unused rows, after each
     layer (0: input): (L + 1, V). Raises as the lens."""
-    model, (norm, head, bound), shares = subject.model.eval(), readout(subject.model), []
+    model, (norm, head, bound), shares = loaded.model.eval(), readout(loaded.model), []
     layers = range(len(decoder_layers(model)) + 1)
     with Taps(model, list(layers)) as taps:
         model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
-    hidden = ~readable_tokens(subject.processor.tokenizer, head.weight.shape[0])
+    hidden = ~readable_tokens(loaded.processor.tokenizer, head.weight.shape[0])
     for layer in layers:
         for states in taps.states(layer, batch["visual_mask"]).split(256):
             logits = head(norm(states)).float()
@@ -981,27 +983,27 @@ def answer_in(
     session: Session,
     picture: Picture,
     question: str,
-) -> tuple[Subject, Asked]:
+) -> tuple[LoadedModel, Asked]:
     "Ask the panel's checkpoint, and show the tokens as they come. Raises InputError as `ask` does."
-    subject = session.subject(panel.name)
-    return subject, ask(subject, picture, question, panel.hear)
+    loaded = session.checkpoint(panel.name)
+    return loaded, ask(loaded, picture, question, panel.hear)
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #fb67292c
 def show_answer(
     panel: Panel,
-    subject: Subject,  # who answered
+    loaded: LoadedModel,  # who answered
     asked: Asked,
 ) -> tuple[int, int]:
     """Show the picture that was asked about, and the question's words that the model does not know; the
     numbers of its layers and heads."""
     panel.finish(asked)
-    unknown = unknown_words(subject.processor.tokenizer, asked.question)
+    unknown = unknown_words(loaded.processor.tokenizer, asked.question)
     panel.unknown.value = (
         f"<span style='color:#8a4b00'>unknown to this model: {escape(', '.join(unknown))}</span>"
         if unknown
         else ""
     )
-    return len(decoder_layers(subject.model)), subject.model.config.get_text_config().num_attention_heads
+    return len(decoder_layers(loaded.model)), loaded.model.config.get_text_config().num_attention_heads
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #9fe682a4
 def look_at(
@@ -1010,7 +1012,7 @@ def look_at(
     index: int,  # of the token
 ) -> None:
     "All layers and heads of a token, shown at the sliders' place. Raises InputError as `looked` does."
-    weights = looked(pair.session.subject(panel.name), panel.asked, index)
+    weights = looked(pair.session.checkpoint(panel.name), panel.asked, index)
     pair.sliders.layout.display = ""
     panel.choose(index)
     panel.overlay.change(look=Look(panel.asked.tokens[index], weights, pair.layer.value, pair.head.value))
@@ -1025,7 +1027,7 @@ def read_patch(
     does."""
     for panel in pair.panels:
         if panel is clicked or (panel.asked and panel.asked.views == clicked.asked.views):
-            panel.spoken = panel.spoken or Spoken.of(pair.session.subject(panel.name), panel.asked)
+            panel.spoken = panel.spoken or Spoken.of(pair.session.checkpoint(panel.name), panel.asked)
             panel.tell(patch)
 
 # %% ../../nbs/lib/apps/00_widgets.ipynb #af4d8e3f
@@ -1226,7 +1228,7 @@ def prepare(
         app.known.index = 0 if asked else None
         app.question.value = asked[0] if asked else ""
     for name in app.names():
-        app.session.subject(name)
+        app.session.checkpoint(name)
     return (
         "Ready: choose or write a question, then press Ask." if picture else "Choose a file (at most 10 MiB)."
     )
@@ -1493,8 +1495,8 @@ def look_inside(
     ask_pair(app.pair, names, picture, row.question)
     for panel in app.pair.panels:
         look_at(app.pair, panel, 0)
-    subjects = [replace(app.session.subject(name), name=short) for name, short in short_names(names).items()]
-    figure = pca_figure(pca_table(subjects, [picture.image]), [picture.image])
+    models = [replace(app.session.checkpoint(name), name=short) for name, short in short_names(names).items()]
+    figure = pca_figure(pca_table(models, [picture.image]), [picture.image])
     old = app.colours.children
     app.colours.children = (figure_widget(figure.update_layout(width=920)),)
     for widget in old:

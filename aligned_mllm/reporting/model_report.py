@@ -23,7 +23,7 @@ from ..analysis.knockout import knockout_figure, knockout_table
 from ..analysis.lens import lens_figure, lens_table, nearest_words
 from ..analysis.pca import pca_figure, pca_table
 from ..analysis.permutation import permutation_figure, paired_loss, permutation_test
-from ..analysis.subjects import Subject, load_subject
+from ..analysis.checkpoints import LoadedModel, load_checkpoint
 from ..core import InputError, checksum, load_json, save_json, whole_file
 from ..data.images import open_image
 from ..data.records import Records, write_records
@@ -37,7 +37,7 @@ class Case:
     "Everything the measures need, read from run folders."
 
     folders: list[Path]  # run folders
-    subjects: list[Subject]  # their models, in the same order
+    models: list[LoadedModel]  # their models, in the same order
     records: Records  # what is asked
     pictures: list[Image.Image]  # I different pictures of these records
     layer: int | None = None  # the aligned layer, to be marked; None where there is none
@@ -45,8 +45,8 @@ class Case:
 
     @property
     def names(self) -> list[str]:
-        "The subjects' names, for tables and legends."
-        return [subject.name for subject in self.subjects]
+        "The models' names, for tables and legends."
+        return [loaded.name for loaded in self.models]
 
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #354432b1
 def names_of(
@@ -92,7 +92,7 @@ def case_of(
         raise InputError(
             f"{folder / records} without pictures", "questions about pictures", "choose other records"
         )
-    subjects = [load_subject(run, name) for run, name in zip(runs, names_of(runs))]
+    models = [load_checkpoint(run, name) for run, name in zip(runs, names_of(runs))]
     aligned = [each for each in settings if each.get("align_weight")]
     layers = {each["align_layers"][0] for each in aligned}
     named = {
@@ -103,7 +103,7 @@ def case_of(
     teachers = {name: load_teacher(name, parts=parts) for name, parts in named.items()}
     return Case(
         runs,
-        subjects,
+        models,
         asked,
         [open_image(name, folder) for name in names],
         layers.pop() if len(layers) == 1 else None,
@@ -143,7 +143,7 @@ def answers_table(
 ) -> pd.DataFrame:
     """Accuracy by question type: model, category, questions, accuracy (0-1), and how much more than the
     first run's, with its paired 95 % interval."""
-    asked = {each.name: answers_of(each.model, each.processor, case.records) for each in case.subjects}
+    asked = {each.name: answers_of(each.model, each.processor, case.records) for each in case.models}
     first = asked[case.names[0]]
     tables = []
     for name, told in asked.items():
@@ -186,54 +186,54 @@ MEASURES = {
     "cknna": Measure(
         "Shared neighbours (CKNNA) and shared shape (CKA)",
         lambda case: cknna_table(
-            case.subjects, case.pictures, teachers=case.teachers, permutations=50, measures=("CKNNA", "CKA")
+            case.models, case.pictures, teachers=case.teachers, permutations=50, measures=("CKNNA", "CKA")
         ),
         lambda case, table: [cknna_table_figure(table, name, case.layer) for name in ("CKNNA", "CKA")],
     ),
     "attention": Measure(
         "Attention from words to the picture",
-        lambda case: image_attention_table(case.subjects, case.records),
+        lambda case: image_attention_table(case.models, case.records),
         lambda case, table: [image_attention_figure(table, marked=case.layer)],
     ),
     "entropy": Measure(
         "Spatial entropy",
-        lambda case: spatial_entropy_table(case.subjects, case.records),
+        lambda case: spatial_entropy_table(case.models, case.records),
         lambda case, table: [spatial_entropy_figure(table, marked=case.layer)],
     ),
     "permutation": Measure(
         "Permutation test",
-        lambda case: permutation_test(case.subjects, case.records),
+        lambda case: permutation_test(case.models, case.records),
         lambda case, table: [permutation_figure(table)],
     ),
     "cut_attention": Measure(
         "Words kept from the picture",
-        lambda case: knockout_table(case.subjects, case.records, "attention"),
+        lambda case: knockout_table(case.models, case.records, "attention"),
         lambda case, table: [knockout_figure(table, marked=case.layer)],
     ),
     "no_update": Measure(
         "Layers taken back",
-        lambda case: knockout_table(case.subjects, case.records, "update"),
+        lambda case: knockout_table(case.models, case.records, "update"),
         lambda case, table: [knockout_figure(table, marked=case.layer)],
     ),
     "pca": Measure(
         "Visual tokens as pictures",
-        lambda case: pca_table(case.subjects, case.pictures[:2]),
+        lambda case: pca_table(case.models, case.pictures[:2]),
         lambda case, table: [pca_figure(table, case.pictures[:2])],
     ),
     "lens": Measure(
         "Words in the picture",
-        lambda case: lens_table(case.subjects, case.pictures[:1], top=1),
+        lambda case: lens_table(case.models, case.pictures[:1], top=1),
         lambda case, table: [
-            lens_figure(table, case.pictures[0], case.subjects[0].batch(case.pictures[:1])["grids"])
+            lens_figure(table, case.pictures[0], case.models[0].batch(case.pictures[:1])["grids"])
         ],
     ),
     "words": Measure(
         "Words of the patches",
         lambda case: pd.concat(
-            [nearest_words(each, each.batch(case.pictures[:1]), 1) for each in case.subjects]
+            [nearest_words(each, each.batch(case.pictures[:1]), 1) for each in case.models]
         ),
         lambda case, table: [
-            lens_figure(table, case.pictures[0], case.subjects[0].batch(case.pictures[:1])["grids"])
+            lens_figure(table, case.pictures[0], case.models[0].batch(case.pictures[:1])["grids"])
         ],
     ),
 }
@@ -249,7 +249,7 @@ def measured(
     path = output / f"{name}.csv"
     key = output / f"{name}.json"
     what = {
-        "models": [checksum(subject.model) for subject in case.subjects],
+        "models": [checksum(loaded.model) for loaded in case.models],
         "names": case.names,
         "questions": case.records.digest,
         "pictures": len(case.pictures),

@@ -86,7 +86,7 @@ def explain(
     thing = getattr(module, name)
     documented = callable(thing) and getattr(thing, "__module__", "") == module.__name__
     text = MarkdownRenderer._repr_markdown_(show_doc(thing)) if documented else ""
-    text = re.sub(r"^\*([^*\n]+)\*$", r"\1", text, flags=re.M)  # nbdev sets the first line alone in italics
+    text = re.sub(r"^\*(\S.*)\*$", r"\1", text, flags=re.M)  # nbdev sets the first line alone in italics
     anchors = [name]  # nbdev's links lead to these
     if isinstance(thing, type):
         anchors += [f"{name}.{part}" for part, value in vars(thing).items() if callable(value)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample_in_words', 'train_language_model', 'accuracy_in_words']
 
-# %% ../../nbs/lib/worlds/50_language_training.ipynb #22516e50
+# %% ../../nbs/lib/worlds/50_language_training.ipynb #c5852018
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,29 +19,27 @@ from .vision_training import fit
 
 # %% ../../nbs/lib/worlds/50_language_training.ipynb #57c2268f
 def sample_in_words(
-    scene: Scene,  # what is told
+    scene: Scene,  # any scene
     tokenizer,
     balance: Balance,  # chooses the questions
     random: np.random.Generator,
 ) -> tuple[list[int], list[int]]:
     "Token ids and labels of a scene in words with questions, or of a caption; only answers are learnt."
     start = "<bos> " + textual_scene(scene, int(random.integers(2**31)))
-    asked = random.random()
-    if asked < 0.15:
+    kind = random.random()
+    if kind < 0.15:
         pairs = [("describe", caption(scene))]
-        start = start if asked < 0.1 else "<bos>"
+        start = start if kind < 0.1 else "<bos>"
     else:
-        pairs = [
-            (question.text, question.answer)
-            for question in balance.choose(scene, dict(zip(CATEGORIES, (2, 2, 3, 1, 2))))
-        ]
+        wanted = dict(zip(CATEGORIES, (2, 2, 3, 1, 2)))
+        pairs = [(question.text, question.answer) for question in balance.choose(scene, wanted)]
     ids = tokenizer(start).input_ids
     labels = [-100] * len(ids)
     for question, answer in pairs:
-        words = tokenizer(question).input_ids
-        said = tokenizer(answer + " <eos>").input_ids
-        ids = ids + words + said
-        labels = labels + [-100] * len(words) + said
+        prompt = tokenizer(question).input_ids
+        target = tokenizer(answer + " <eos>").input_ids
+        ids = ids + prompt + target
+        labels = labels + [-100] * len(prompt) + target
     return ids, labels
 
 # %% ../../nbs/lib/worlds/50_language_training.ipynb #72a4917f
@@ -57,37 +55,30 @@ def train_language_model(
     random = np.random.default_rng(seed)
     balance = Balance(seed)
     tokenizer = word_tokenizer(vocabulary())
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=176,
-            num_hidden_layers=6,
-            num_attention_heads=HEADS,
-            max_position_embeddings=512,
-            initializer_range=0.1,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=176,
+        num_hidden_layers=6,
+        num_attention_heads=HEADS,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    model = LlamaForCausalLM(config)
+
+    def padded(rows: list[list[int]], fill: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, fill)
 
     def loss_of() -> Tensor:
-        told = [
-            sample_in_words(scenes[index], tokenizer, balance, random)
-            for index in random.integers(len(scenes), size=64)
-        ]
-        told = [(torch.tensor(ids), torch.tensor(labels)) for ids, labels in told]
-        ids, labels = (
-            nn.utils.rnn.pad_sequence(list(values), True, fill)
-            for values, fill in zip(zip(*told), (tokenizer.pad_token_id, -100))
-        )
-        return model(
-            input_ids=ids,
-            attention_mask=(ids != tokenizer.pad_token_id).long(),
-            labels=labels,
-            use_cache=False,
-        ).loss
+        chosen = random.integers(len(scenes), size=64)
+        samples = [sample_in_words(scenes[index], tokenizer, balance, random) for index in chosen]
+        ids = padded([ids for ids, _ in samples], tokenizer.pad_token_id)
+        labels = padded([labels for _, labels in samples], -100)
+        mask = (ids != tokenizer.pad_token_id).long()
+        return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
 
     return model, fit([model], loss_of, steps, 3e-3, "language model")
 
@@ -95,16 +86,16 @@ def train_language_model(
 @torch.no_grad()
 def accuracy_in_words(
     model: nn.Module,  # a LlamaForCausalLM
-    scenes: list[Scene],  # scenes it has not seen
+    scenes: list[Scene],  # not used in training
     seed: int = 0,
 ) -> dict[str, float]:
-    "Share of right one-word answers to questions about scenes told in words, by question type."
+    "Share of correct one-word answers to questions about scenes in words, by question type."
     tokenizer = word_tokenizer(vocabulary())
     balance = Balance(seed)
     hits = {category: [] for category in CATEGORIES}
     for scene in scenes:
         for question in balance.choose(scene, dict.fromkeys(CATEGORIES, 1)):
-            words = tokenizer(f"<bos> {textual_scene(scene, seed)} {question.text}", return_tensors="pt")
-            said = model(input_ids=words.input_ids).logits[0, -1].argmax()
-            hits[question.category].append(tokenizer.decode(said) == question.answer)
+            prompt = tokenizer(f"<bos> {textual_scene(scene, seed)} {question.text}", return_tensors="pt")
+            answer = model(input_ids=prompt.input_ids).logits[0, -1].argmax()
+            hits[question.category].append(tokenizer.decode(answer) == question.answer)
     return {category: round(sum(values) / max(len(values), 1), 3) for category, values in hits.items()}

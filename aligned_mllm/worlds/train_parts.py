@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build_part', 'build_parts', 'main']
 
-# %% ../../nbs/lib/worlds/60_train_parts.ipynb #1a425741
+# %% ../../nbs/lib/worlds/60_train_parts.ipynb #5df9a8f6
 import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -35,10 +35,10 @@ def build_part(
     name: str,  # "encoder", "teacher_dense", "teacher_self_supervised" or "language_model"
     folder: Path,  # where to save it
     seed: int,
-    world: World,  # what it is trained to see
-    scale: float,  # of its step count
+    world: World,  # the distribution of its training scenes
+    scale: float,  # factor on its step count
 ) -> dict:
-    "Train and save one part; its loss curve, probe and, for the encoder, the statistics of its features."
+    "Train and save one part; returns its loss curve, checksum, accuracy and, for a vision part, statistics."
     torch.set_num_threads(1)
     scenes = scenes_of("train", max(64, int(20000 * min(scale, 1))), 900 + seed, world)
     held = scenes_of("validation", 600, 900 + seed, world)
@@ -51,47 +51,38 @@ def build_part(
     if name == "encoder":
         clip, curve = train_encoder(scenes, pixels, seed, int(4000 * scale))
         model = clip.vision_model
-        layer = -2
     elif name == "teacher_dense":
-        (model, curve), layer = train_dense_teacher(scenes, pixels, seed, int(3000 * scale)), -1
+        model, curve = train_dense_teacher(scenes, pixels, seed, int(3000 * scale))
     else:
-        (model, curve), layer = train_self_supervised_teacher(pixels, seed, int(3000 * scale)), -1
+        model, curve = train_self_supervised_teacher(pixels, seed, int(3000 * scale))
+    layer = -2 if name == "encoder" else -1
     if name != "encoder":
         normalise_output(model, pixels[:1000])
     with torch.no_grad():
-        seen, probed = (
-            model(scaled_pixels(part), output_hidden_states=True).hidden_states[layer][:, 1:]
-            for part in (pixels[:1000], draw_pixels(held))
+        features, probed = (
+            model(scaled_pixels(images), output_hidden_states=True).hidden_states[layer][:, 1:]
+            for images in (pixels[:1000], draw_pixels(held))
         )
     model.save_pretrained(folder / name)
     image_processor().save_pretrained(folder / name)
-    statistics = {
-        "mean": seen.flatten(0, 1).mean(0).tolist(),
-        "deviation": seen.flatten(0, 1).std(0).tolist(),
-    }
-    return {
-        "curves": curve,
-        "checksums": checksum(model),
-        "probe": patch_probe(probed, held),
-        "statistics": statistics,
-    }
+    flat = features.flatten(0, 1)
+    statistics = {"mean": flat.mean(0).tolist(), "deviation": flat.std(0).tolist()}
+    facts = {"probe": patch_probe(probed, held), "statistics": statistics}
+    return {"curves": curve, "checksums": checksum(model), **facts}
 
 # %% ../../nbs/lib/worlds/60_train_parts.ipynb #bbecfd7d
 def build_parts(
-    folder: str | Path,  # where to put them; appears whole or not at all
+    folder: str | Path,  # where to put them; written completely or not at all
     seed: int = 0,
-    world: World = World(),  # what they are trained to see
-    scale: float = 1.0,  # of all step counts; 1 takes about half an hour on two cores
+    world: World = World(),  # the distribution of their training scenes
+    scale: float = 1.0,  # factor on all step counts; 1 takes about half an hour on two cores
     workers: int = 2,  # parts trained at the same time; 1 stays in this process
 ) -> Path:
-    """Train and save the encoder, both teachers and the language model, with their curves and probes in
-    parts.json. Raises InputError."""
+    """Train and save the encoder, both teachers and the language model, with their curves, checksums and
+    accuracies in parts.json. Raises InputError."""
     if scale <= 0 or seed < 0:
-        raise InputError(
-            f"seed {seed} and scale {scale:g}",
-            "a seed from 0 and a positive factor on the step counts",
-            "correct them",
-        )
+        expected = "a seed from 0 and a positive factor on the step counts"
+        raise InputError(f"seed {seed} and scale {scale:g}", expected, "correct them")
     names = ("language_model", "encoder", "teacher_self_supervised", "teacher_dense")
     with whole_folder(folder, "parts.json") as temporary:
         tasks = [(name, temporary, seed, world, scale) for name in names]
@@ -100,12 +91,10 @@ def build_parts(
         else:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
                 found = list(pool.map(build_part, *zip(*tasks)))
-        facts = {
-            key: {name: part[key] for name, part in zip(names, found) if key in part}
-            for key in ("curves", "checksums", "probe", "told")
-        }
-        statistics = found[names.index("encoder")]["statistics"]
-        save_json({"seed": seed, "statistics": statistics, **facts}, temporary / "parts.json")
+        facts = {"seed": seed, "statistics": found[names.index("encoder")]["statistics"]}
+        for key in ("curves", "checksums", "probe", "told"):
+            facts[key] = {name: part[key] for name, part in zip(names, found) if key in part}
+        save_json(facts, temporary / "parts.json")
     return Path(folder)
 
 # %% ../../nbs/lib/worlds/60_train_parts.ipynb #6e7ac7be

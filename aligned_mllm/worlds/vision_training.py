@@ -20,32 +20,33 @@ from ..core import seed_everything
 from ..models.compose import word_tokenizer
 from .questions import vocabulary
 from .scenes import Scene, draw, label_map
-from .small_models import HEADS, PATCH, SIZE, WIDTH
+from .small_models import HEADS, IMAGE_SIZE, PATCH_SIZE, WIDTH
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #8d01344a
 def draw_pixels(
     scenes: list[Scene],  # what to draw
 ) -> Tensor:
-    "Drawn scenes as bytes: (I, 3, 40, 40)."
-    pictures = [np.asarray(draw(scene)) for scene in tqdm(scenes, desc="drawing", disable=len(scenes) < 1000)]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    "Drawn scenes as bytes: (I, 3, 40, 40) uint8."
+    progress = tqdm(scenes, desc="drawing", disable=len(scenes) < 1000)
+    images = np.stack([np.asarray(draw(scene)) for scene in progress])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #1b26afe0
 def scaled_pixels(
     pixels: Tensor,  # (I, 3, height, width) bytes
 ) -> Tensor:
-    "Bytes as the vision models take them: floats from -1 to 1, as `image_processor` makes them."
+    "The input of the vision models: floats from -1 to 1, as `image_processor` makes them."
     return pixels.float() / 127.5 - 1
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #3f31cd02
 def fit(
     modules: list[nn.Module],  # what is trained
-    loss_of: Callable[[], Tensor],  # draws a batch and gives its loss
+    loss_of: Callable[[], Tensor],  # samples a batch and returns its loss
     steps: int,
-    rate: float,  # highest learning rate
+    rate: float,  # peak learning rate
     title: str,  # for the progress bar
 ) -> list[float]:
-    "Train in place; the mean loss of each hundredth of the steps."
+    "Train the modules in place; returns the mean loss of each hundredth of the steps."
     parameters = [parameter for module in modules for parameter in module.train().parameters()]
     optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
@@ -65,7 +66,7 @@ def fit(
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #dd83c877
 def train_encoder(
     scenes: list[Scene],  # training scenes
-    pixels: Tensor,  # their pictures, bytes
+    pixels: Tensor,  # (I, 3, 40, 40) uint8, their images
     seed: int,
     steps: int = 4000,
 ) -> tuple[nn.Module, list[float]]:
@@ -75,12 +76,8 @@ def train_encoder(
     seed_everything(seed)
     random = np.random.default_rng(seed)
     tokenizer = word_tokenizer(vocabulary())
-    tower = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 176,
-        "num_attention_heads": HEADS,
-        "projection_dim": WIDTH,
-    }
+    tower = {"hidden_size": WIDTH, "intermediate_size": 176, "num_attention_heads": HEADS}
+    tower |= {"projection_dim": WIDTH}
     text = {
         **tower,
         "num_hidden_layers": 2,
@@ -90,7 +87,7 @@ def train_encoder(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {**tower, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": PATCH}
+    vision = {**tower, "num_hidden_layers": 3, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     named = [sorted({f"{item.colour} {item.kind}" for item in scene.objects}) for scene in scenes]
     numbers = {names: index for index, names in enumerate(dict.fromkeys(map(tuple, named)))}
@@ -103,50 +100,42 @@ def train_encoder(
         output = model(**words, pixel_values=scaled_pixels(pixels[chosen]))
         right = (same_text[chosen][:, None] == same_text[chosen]).float()
         right /= right.sum(1, keepdim=True)
-        return (
-            functional.cross_entropy(output.logits_per_image, right)
-            + functional.cross_entropy(output.logits_per_text, right)
-        ) / 2
+        by_image = functional.cross_entropy(output.logits_per_image, right)
+        by_text = functional.cross_entropy(output.logits_per_text, right)
+        return (by_image + by_text) / 2
 
     return model, fit([model], loss_of, steps, 1e-3, "encoder")
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #412e6a73
 def dense_labels(
-    scenes: list[Scene],  # any scenes
+    scenes: list[Scene],  # of one world
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per patch: kind and colour index on 4 x 4 points (I, N, 16), and the offset to the object's centre
-    in patches (I, N, 2), NaN for none."""
-    side = SIZE // PATCH
-    fine = 4
+    """Per patch: kind and colour index at 4 x 4 points (I, N, 16), the last index for background; and the
+    offset to the object's centre in patches (I, N, 2), NaN for background."""
+    side = IMAGE_SIZE // PATCH_SIZE
     world = scenes[0].world
+    middle = (np.arange(side) + 0.5) * PATCH_SIZE
+    patches = np.stack([np.tile(middle, side), np.repeat(middle, side)], 1)
     kinds = []
     colours = []
     offsets = []
-    middle = (np.arange(side) + 0.5) * PATCH
     for scene in scenes:
-        points = (
-            label_map(scene, side * fine)
-            .reshape(side, fine, side, fine)
-            .transpose(0, 2, 1, 3)
-            .reshape(side * side, -1)
-        )
-        kinds.append(
-            np.array([*(world.kinds.index(item.kind) for item in scene.objects), len(world.kinds)])[points]
-        )
-        colours.append(
-            np.array([*(world.colours.index(item.colour) for item in scene.objects), len(world.colours)])[
-                points
-            ]
-        )
+        points = label_map(scene, side * 4).reshape(side, 4, side, 4)
+        points = points.transpose(0, 2, 1, 3).reshape(side * side, -1)
+        kind = [*(world.kinds.index(item.kind) for item in scene.objects), len(world.kinds)]
+        colour = [*(world.colours.index(item.colour) for item in scene.objects), len(world.colours)]
         centres = np.array([*((item.x, item.y) for item in scene.objects), (np.nan, np.nan)])
-        most = [np.bincount(patch[patch >= 0]).argmax() if (patch >= 0).any() else -1 for patch in points]
-        patches = np.stack([np.tile(middle, side), np.repeat(middle, side)], 1)
-        offsets.append((centres[most] - patches) / PATCH)
-    return (
-        torch.tensor(np.array(kinds)),
-        torch.tensor(np.array(colours)),
-        torch.tensor(np.array(offsets), dtype=torch.float32),
-    )
+        kinds.append(np.array(kind)[points])
+        colours.append(np.array(colour)[points])
+        offsets.append((centres[[_most_frequent(patch) for patch in points]] - patches) / PATCH_SIZE)
+    offsets = torch.tensor(np.array(offsets), dtype=torch.float32)
+    return torch.tensor(np.array(kinds)), torch.tensor(np.array(colours)), offsets
+
+# %% ../../nbs/lib/worlds/40_vision_training.ipynb #f34f2dad
+def _most_frequent(labels: np.ndarray) -> int:
+    "The most frequent label of a patch, background (-1) only where there is nothing else."
+    present = labels[labels >= 0]
+    return np.bincount(present).argmax() if len(present) else -1
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #84da27d1
 def vision_transformer(
@@ -156,45 +145,35 @@ def vision_transformer(
     from transformers import Dinov2Config, Dinov2Model
 
     seed_everything(seed)
-    return Dinov2Model(
-        Dinov2Config(
-            hidden_size=WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=HEADS,
-            mlp_ratio=3,
-            image_size=SIZE,
-            patch_size=PATCH,
-            initializer_range=0.08,
-        )
-    )
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": HEADS, "mlp_ratio": 3}
+    image = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
+    return Dinov2Model(Dinov2Config(**sizes, **image, initializer_range=0.08))
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #dda03a35
 def train_dense_teacher(
     scenes: list[Scene],  # training scenes, all of one world
-    pixels: Tensor,  # their pictures, bytes
+    pixels: Tensor,  # (I, 3, 40, 40) uint8, their images
     seed: int,
     steps: int = 3000,
 ) -> tuple[nn.Module, list[float]]:
-    "(Dinov2Model, loss curve), trained to tell kind, colour and offset at each patch."
+    "(Dinov2Model, loss curve), trained to predict kind, colour and offset at each patch."
     model = vision_transformer(seed)
     random = np.random.default_rng(seed)
-    world, (kinds, colours, offsets) = scenes[0].world, dense_labels(scenes)
-    heads = nn.ModuleList(
-        nn.Linear(WIDTH, size) for size in (16 * (len(world.kinds) + 1), 16 * (len(world.colours) + 1), 2)
-    )
+    world = scenes[0].world
+    kinds, colours, offsets = dense_labels(scenes)
+    sizes = (16 * (len(world.kinds) + 1), 16 * (len(world.colours) + 1), 2)
+    heads = nn.ModuleList(nn.Linear(WIDTH, size) for size in sizes)
+
+    def classification(scores: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(scores.unflatten(-1, (16, -1)).flatten(0, 2), labels.flatten())
 
     def loss_of() -> Tensor:
         chosen = torch.from_numpy(random.integers(len(scenes), size=128))
         patches = model(scaled_pixels(pixels[chosen])).last_hidden_state[:, 1:]
         kind, colour, offset = (head(patches) for head in heads)
         known = ~offsets[chosen].isnan().any(-1)
-        return (
-            functional.cross_entropy(kind.unflatten(-1, (16, -1)).flatten(0, 2), kinds[chosen].flatten())
-            + functional.cross_entropy(
-                colour.unflatten(-1, (16, -1)).flatten(0, 2), colours[chosen].flatten()
-            )
-            + functional.mse_loss(offset[known], offsets[chosen][known])
-        )
+        what = classification(kind, kinds[chosen]) + classification(colour, colours[chosen])
+        return what + functional.mse_loss(offset[known], offsets[chosen][known])
 
     return model, fit([model, heads], loss_of, steps, 2e-3, "dense teacher")
 
@@ -203,31 +182,32 @@ def two_views(
     pixels: Tensor,  # (I, 3, height, width) bytes
     random: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    "The same pictures twice, each with its own shift (up to 2 pixels), brightness, contrast and noise."
+    "The same images twice, each with its own shift (up to 2 pixels), brightness, contrast and noise."
     views = []
     for _ in range(2):
         down, across = random.integers(-2, 3, 2)
         padded = functional.pad(scaled_pixels(pixels), (2, 2, 2, 2), mode="replicate")
-        shifted = padded[
-            :, :, 2 + down : 2 + down + pixels.shape[2], 2 + across : 2 + across + pixels.shape[3]
-        ]
-        gain, lift, noise = (
-            torch.from_numpy(random.uniform(low, high, (len(pixels), 1, 1, 1))).float()
-            for low, high in ((0.8, 1.2), (-0.15, 0.15), (0, 0.15))
-        )
-        views.append(
-            shifted * gain
-            + lift
-            + noise * torch.from_numpy(random.standard_normal(shifted.shape, dtype=np.float32))
-        )
+        rows = slice(2 + down, 2 + down + pixels.shape[2])
+        columns = slice(2 + across, 2 + across + pixels.shape[3])
+        shifted = padded[:, :, rows, columns]
+        gain = _uniform(random, 0.8, 1.2, len(pixels))
+        lift = _uniform(random, -0.15, 0.15, len(pixels))
+        level = _uniform(random, 0, 0.15, len(pixels))
+        noise = torch.from_numpy(random.standard_normal(shifted.shape, dtype=np.float32))
+        views.append(shifted * gain + lift + level * noise)
     return views[0], views[1]
+
+# %% ../../nbs/lib/worlds/40_vision_training.ipynb #b2ad781d
+def _uniform(random: np.random.Generator, low: float, high: float, count: int) -> Tensor:
+    "One random number for each image: (count, 1, 1, 1)."
+    return torch.from_numpy(random.uniform(low, high, (count, 1, 1, 1))).float()
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #ddab50a3
 def agreement_loss(
     first: Tensor,  # (I, N, D)
     second: Tensor,  # (I, N, D)
 ) -> Tensor:
-    "VICReg's three terms, with variance and covariance over pictures at each position."
+    "VICReg's three terms, with variance and covariance over images at each position."
     loss = 25 * functional.mse_loss(first, second)
     for view in (first, second):
         centred = view - view.mean(0)
@@ -243,15 +223,15 @@ def without_some_patches(
     share: float,  # of the patches
     random: np.random.Generator,
 ) -> Tensor:
-    "The pictures with a random share of their patches blank."
-    rows = views.shape[2] // PATCH
-    columns = views.shape[3] // PATCH
+    "The images with a random share of their patches blank."
+    rows = views.shape[2] // PATCH_SIZE
+    columns = views.shape[3] // PATCH_SIZE
     blank = torch.from_numpy(random.random((len(views), 1, rows, columns)) < share)
-    return views.masked_fill(blank.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3), 0.0)
+    return views.masked_fill(blank.repeat_interleave(PATCH_SIZE, 2).repeat_interleave(PATCH_SIZE, 3), 0.0)
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #95dc354a
 def train_self_supervised_teacher(
-    pixels: Tensor,  # pictures, bytes
+    pixels: Tensor,  # (I, 3, 40, 40) uint8
     seed: int,
     steps: int = 3000,
 ) -> tuple[nn.Module, list[float]]:
@@ -259,31 +239,30 @@ def train_self_supervised_teacher(
     model = vision_transformer(seed)
     random = np.random.default_rng(seed)
     expander = nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 256))
-    drawer = nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 3 * (3 * PATCH) ** 2))
+    painter = nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 3 * (3 * PATCH_SIZE) ** 2))
+    neighbours = {"kernel_size": 3 * PATCH_SIZE, "padding": PATCH_SIZE, "stride": PATCH_SIZE}
 
     def loss_of() -> Tensor:
         chosen = torch.from_numpy(random.integers(len(pixels), size=128))
         views = two_views(pixels[chosen], random)
         features = [model(without_some_patches(view, 0.3, random)).last_hidden_state[:, 1:] for view in views]
-        around = [
-            functional.unfold(view, 3 * PATCH, padding=PATCH, stride=PATCH).transpose(1, 2) for view in views
-        ]
-        drawn = sum(functional.mse_loss(drawer(feature), wanted) for feature, wanted in zip(features, around))
+        around = [functional.unfold(view, **neighbours).transpose(1, 2) for view in views]
+        drawn = sum(
+            functional.mse_loss(painter(feature), wanted) for feature, wanted in zip(features, around)
+        )
         return agreement_loss(*(expander(feature) for feature in features)) + 100 * drawn
 
-    return model, fit([model, expander, drawer], loss_of, steps, 2e-3, "self-supervised teacher")
+    return model, fit([model, expander, painter], loss_of, steps, 2e-3, "self-supervised teacher")
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #e4d3b2b2
 @torch.no_grad()
 def normalise_output(
     model: nn.Module,  # a Dinov2Model
-    pixels: Tensor,  # pictures to measure on, bytes
+    pixels: Tensor,  # (I, 3, 40, 40) uint8, to measure on
 ) -> None:
-    """Change the last layer norm in place so that each feature dimension has mean 0 and deviation 1 over
-    patches."""
-    features = torch.cat(
-        [model(scaled_pixels(chunk)).last_hidden_state[:, 1:] for chunk in pixels.split(256)]
-    ).flatten(0, 1)
+    "Change the last layer norm in place: each feature dimension gets mean 0 and deviation 1 over patches."
+    chunks = [model(scaled_pixels(chunk)).last_hidden_state[:, 1:] for chunk in pixels.split(256)]
+    features = torch.cat(chunks).flatten(0, 1)
     mean = features.mean(0)
     deviation = features.std(0).clamp_min(1e-4)
     model.layernorm.weight /= deviation
@@ -295,24 +274,19 @@ def patch_probe(
     scenes: list[Scene],  # the same I scenes; two thirds train the probe, one third tests it
 ) -> dict[str, float]:
     """Accuracy of ridge classifiers for kind and colour of the object that covers most of a patch, over
-    patches that hold one."""
+    patches with an object."""
     from sklearn.linear_model import RidgeClassifier
 
     kinds, colours, _ = dense_labels(scenes)
-    shares = {}
     border = 2 * len(scenes) // 3
+    accuracy = {}
     for name, labels in (("kind", kinds), ("colour", colours)):
-        none = int(labels.max())
-        present = (labels != none).sum(-1) >= 3
-        common = torch.where(labels == none, -1, labels).numpy()
-        most = np.array(
-            [
-                [np.bincount(patch[patch >= 0], minlength=1).argmax() for patch in picture]
-                for picture in common
-            ]
-        )
-        train = slice(0, border)
-        test = slice(border, None)
-        probe = RidgeClassifier().fit(features[train][present[train]].numpy(), most[train][present[train]])
-        shares[name] = float(probe.score(features[test][present[test]].numpy(), most[test][present[test]]))
-    return shares
+        background = int(labels.max())
+        present = (labels != background).sum(-1) >= 3
+        objects = torch.where(labels == background, -1, labels).numpy()
+        most = np.array([[max(_most_frequent(patch), 0) for patch in image] for image in objects])
+        train = present[:border]
+        test = present[border:]
+        probe = RidgeClassifier().fit(features[:border][train].numpy(), most[:border][train])
+        accuracy[name] = float(probe.score(features[border:][test].numpy(), most[border:][test]))
+    return accuracy
