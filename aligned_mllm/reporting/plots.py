@@ -8,14 +8,13 @@ __all__ = ['scores_figure', 'differences_figure', 'curves_figure', 'loss_figure'
 # %% ../../nbs/lib/reporting/10_plots.ipynb #47a85f66
 import math
 import textwrap
+from collections.abc import Sequence
 
 import pandas as pd
 
 from ..core import InputError
 from ..evals.statistics import interval, mean_over_categories, paired, require_columns
 from aligned_mllm.figures import (
-    LOOKS,
-    Look,
     add_band,
     add_curve,
     blank_figure,
@@ -24,27 +23,6 @@ from aligned_mllm.figures import (
     style,
     with_axes,
 )
-
-# %% ../../nbs/lib/reporting/10_plots.ipynb #a7c30b91
-# Until each arm registers its own look.
-_ARMS = {  # arm: label, colour, symbol, dash
-    "plain": ("plain", "#000000", "circle", "solid"),
-    "viral": ("VIRAL", "#0072B2", "square", "solid"),
-    "other_image": ("other image (control)", "#D55E00", "diamond", "dash"),
-    "position_mean": ("position mean", "#009E73", "triangle-up", "dot"),
-    "mean_removed": ("position mean removed", "#CC79A7", "triangle-down", "dashdot"),
-    "encoder": ("encoder as teacher", "#56B4E9", "star", "longdash"),
-    "self_supervised": ("self-supervised teacher", "#E69F00", "hexagram", "longdashdot"),
-    "random_teacher": ("random teacher", "#7F7F7F", "x", "dot"),
-    "position_code": ("position code", "#000000", "circle-open", "dot"),
-    "position_code_viral": ("position code + VIRAL", "#0072B2", "square-open", "dot"),
-    "lora": ("LoRA", "#000000", "cross", "dashdot"),
-    "lora_viral": ("LoRA + VIRAL", "#0072B2", "cross-open", "dashdot"),
-    "blind": ("blind (without images)", "#7F7F7F", "line-ew", "dash"),
-    "majority": ("commonest answer", "#7F7F7F", "line-ew", "dot"),
-}
-for _arm, _look in _ARMS.items():
-    LOOKS.setdefault(_arm, Look(*_look))
 
 # %% ../../nbs/lib/reporting/10_plots.ipynb #5f3ae46b
 def _rows(table: pd.DataFrame, arm: str, name: str) -> pd.DataFrame:
@@ -108,8 +86,9 @@ def _add_dodged(
 
 # %% ../../nbs/lib/reporting/10_plots.ipynb #d4ee0491
 def scores_figure(
-    scores: pd.DataFrame,  # columns seed, arm, category, accuracy (0-1); rows of "blind" and "majority" become lines
+    scores: pd.DataFrame,  # columns seed, arm, category, accuracy (0-1)
     arms: list[str],  # the arms to draw, in order
+    lines: Sequence[str] = (),  # arms that are drawn as lines, such as a model without images
 ):
     """Accuracy in percent by question type and their mean, as a plotly figure; raises InputError for an
     arm without rows."""
@@ -124,7 +103,7 @@ def scores_figure(
     subtitle = f"mean of {seeds} seed{'s' * (seeds > 1)}; bars: 95 % t-interval over seeds; small symbols: single seeds"
     figure = blank_figure("Accuracy by question type", subtitle)
     low, high = _add_dodged(figure, drawn, arms, categories, "%")
-    for arm in ("blind", "majority"):
+    for arm in lines:
         rows = table[table.arm == arm]
         if len(rows) and arm not in arms:
             look = style(arm)
@@ -149,7 +128,7 @@ def scores_figure(
 def differences_figure(
     scores: pd.DataFrame,  # columns seed, arm, category, accuracy (0-1)
     arms: list[str],  # the arms to draw; the baseline is skipped
-    baseline: str = "plain",  # the arm that is subtracted, seed by seed
+    baseline: str,  # the arm that is subtracted, seed by seed
 ):
     """Paired differences to `baseline` in percentage points by question type and for the mean, as a
     plotly figure. Raises InputError."""
@@ -174,7 +153,8 @@ def differences_figure(
 def _add_lines(
     figure, table: pd.DataFrame, arms: list[str], axis: str, legend: bool, column: int | None = None
 ) -> None:
-    "Mean curve, band and faint single seeds (columns seed, arm, value and `axis`) for each arm that has rows."
+    """Mean curve, band and faint single seeds (columns seed, arm, value and `axis`) for each arm that has
+    rows."""
     for arm in [arm for arm in arms if (table.arm == arm).any()]:
         rows = table[table.arm == arm].sort_values(axis).rename(columns={axis: "x"})
         curve = rows.groupby("x", as_index=False).value.agg(["mean", "min", "max"])
