@@ -12,11 +12,14 @@ import pandas as pd
 import pytest
 from conftest import ENVIRONMENT
 
-from aligned_mllm.experiments import run as experiment
+from aligned_mllm.experiments import tables
 from aligned_mllm.cli import main
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.evals.task import score_run
-from aligned_mllm.experiments.run import QUICK, Job, Plan, joined_plan, jobs_of, prepare_data, run_jobs
+from aligned_mllm.experiments.arms import ARMS as REGISTERED
+from aligned_mllm.experiments.arms import Arm, arm_from_text, register_arm
+from aligned_mllm.experiments.jobs import Job, graph_of, run_jobs
+from aligned_mllm.experiments.plan import QUICK, Plan, joined_plan, prepare_data
 
 ARMS = ["plain", "viral", "other_image"]
 
@@ -124,17 +127,17 @@ def test_the_same_words_again_do_nothing_new(quick):
 
 
 def test_another_plan_in_the_same_folder_is_refused(quick):
-    refused = call("experiment", "--quick", "--output", quick, "--set", "align_weight=2.0")
+    refused = call("experiment", "--quick", "--output", quick, "--set", "viral.weight=2.0")
     assert refused.returncode == 2 and "other settings" in refused.stderr
 
 
 def test_a_failing_run_names_its_log(small_data, tmp_path):
     with pytest.raises(InputError, match=r"layer.*log\.txt"):
-        run_jobs([Job(tmp_path / "run", "scenes_viral", small_data, {"align_layers": [9]})], workers=1)
+        run_jobs([Job(tmp_path / "run", "scenes_viral", small_data, {"viral.layers": [9]})], workers=1)
 
 
 def test_a_setting_that_cannot_be_is_said_before_anything_is_trained(tmp_path, capsys):
-    assert main(["experiment", "--quick", "--output", str(tmp_path / "x"), "--set", "align_layers=[9]"]) == 2
+    assert main(["experiment", "--quick", "--output", str(tmp_path / "x"), "--set", "viral.layers=[9]"]) == 2
     assert (
         "layer" in capsys.readouterr().err
         and not list((tmp_path / "x").glob("seed*/*/log.txt"))
@@ -142,7 +145,7 @@ def test_a_setting_that_cannot_be_is_said_before_anything_is_trained(tmp_path, c
     )
 
 
-@pytest.mark.parametrize("setting", ["align_target=image", "with_images=true", "seed=5", "model=elsewhere"])
+@pytest.mark.parametrize("setting", ["viral.target=image", "with_images=true", "seed=5", "model=elsewhere"])
 def test_settings_cannot_undo_an_arm(tmp_path, setting, capsys):
     assert main(["experiment", "--quick", "--output", str(tmp_path / "x"), "--set", setting]) == 2
     assert setting.split("=")[0] in capsys.readouterr().err
@@ -151,10 +154,10 @@ def test_settings_cannot_undo_an_arm(tmp_path, setting, capsys):
 def test_alignment_settings_reach_only_arms_that_align(tmp_path):
     jobs = {
         job.output.name: job.settings
-        for job in jobs_of(Plan(settings={"align_weight": 1.0}, seeds=1), tmp_path)
+        for job in graph_of(Plan(settings={"viral.weight": 1.0}, seeds=1), tmp_path).jobs
     }
-    assert jobs["viral"]["align_weight"] == jobs["other_image"]["align_weight"] == 1.0
-    assert "align_weight" not in jobs["plain"] and "align_weight" not in jobs["blind"]
+    assert jobs["viral"]["viral.weight"] == jobs["other_image"]["viral.weight"] == 1.0
+    assert "viral.weight" not in jobs["plain"] and "viral.weight" not in jobs["blind"]
 
 
 def test_data_of_another_plan_is_refused(tmp_path):
@@ -220,9 +223,9 @@ def test_cknna_opens_pictures_and_runs_each_teacher_once_a_seed(quick, tmp_path,
     asked = []
     tables = {path: path.read_bytes() for path in folder.glob("seed0/*/cknna_*.csv")}
     for name in ("open_image", "reference_features"):
-        plain = getattr(experiment, name)
+        plain = getattr(tables, name)
         monkeypatch.setattr(
-            experiment,
+            tables,
             name,
             lambda first, *rest, plain=plain: (
                 asked.append(getattr(first, "name", "picture")) or plain(first, *rest)
@@ -230,14 +233,115 @@ def test_cknna_opens_pictures_and_runs_each_teacher_once_a_seed(quick, tmp_path,
         )
     for path in tables:
         path.unlink()
-    found = experiment.read_cknna(Plan(**QUICK), folder)
+    found = tables.read_cknna(Plan(**QUICK), folder)
     assert {name: asked.count(name) for name in set(asked)} == {"picture": 40, "encoder": 1, "dense": 1}
     assert len(tables) == 3 and all(path.read_bytes() == before for path, before in tables.items())
     pd.testing.assert_frame_equal(found.reset_index(drop=True), pd.read_csv(folder / "cknna.csv"))
 
 
-def test_curves_are_those_of_the_plan_in_the_folder(quick, tmp_path):
-    curves = experiment.read_curves(quick)
+def test_curves_are_those_of_the_plan(quick):
+    curves = tables.read_curves(Plan(**QUICK), quick)
     assert list(dict.fromkeys(curves.arm)) == [*ARMS, "blind"] and set(curves.seed) == {0}
-    with pytest.raises(InputError, match="plan.json"):
-        experiment.read_curves(tmp_path)
+    assert sorted(curves.value) == sorted(pd.read_csv(quick / "curves.csv").value)
+
+
+@pytest.fixture
+def own_arms():
+    "Arms of a test, forgotten after it."
+    before = set(REGISTERED)
+    yield
+    for name in set(REGISTERED) - before:
+        REGISTERED.pop(name)
+
+
+def test_equal_stages_are_shared_and_run_once(tmp_path, own_arms):
+    register_arm(Arm("warm", "warm", stage1={"learning_rate": 1e-3}))
+    register_arm(
+        Arm("warm_viral", "warm VIRAL", stage1={"learning_rate": 1e-3}, stage2=REGISTERED["viral"].stage2)
+    )
+    register_arm(Arm("twin", "twin", stage2=REGISTERED["viral"].stage2))
+    graph = graph_of(Plan(arms=("plain", "viral", "warm", "warm_viral", "twin"), seeds=2), tmp_path)
+    folders = [str(job.output.relative_to(tmp_path)) for job in graph.jobs]
+    names = ["stage1", "plain", "viral", "stage1_warm", "warm", "warm_viral", "blind"]
+    assert folders == [f"seed{seed}/{name}" for seed in (0, 1) for name in names]
+    assert graph.folders[0, "twin"] == graph.folders[0, "viral"]
+    starts = {job.output.name: job.after.name for job in graph.jobs if job.after}
+    assert starts["viral"] == "stage1" and starts["warm_viral"] == "stage1_warm"
+
+
+def test_an_arm_of_the_command_line(quick, tmp_path):
+    """Added to a finished experiment: only it is trained, the report has it, and the same command without
+    it keeps it."""
+    folder = shutil.copytree(quick, tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("done.json")}
+    text = "deep:like=viral,viral.layers=[4,5],label=two deep layers"
+    done = call("experiment", "--quick", "--output", folder, "--arm", text)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert load_json(folder / "seed0" / "deep" / "objectives.json")["viral"]["layers"] == [4, 5]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "two deep layers" in page and "two deep layers" in done.stdout
+    again = call("experiment", "--quick", "--output", folder)
+    assert again.returncode == 0 and "deep" in set(pd.read_csv(folder / "scores.csv").arm)
+
+
+def test_arms_of_a_file(tmp_path, small_data):
+    "A Python file registers an objective and arms; each training run imports it, too."
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "from aligned_mllm.experiments.arms import Arm, register_arm\n"
+        "from aligned_mllm.objectives.base import Objective, Tap, Target, register, setting\n\n\n"
+        "@dataclass\nclass ShortSettings:\n    weight: float = setting(0.01, 'lambda')\n\n\n"
+        "@register\nclass Short(Objective):\n"
+        "    name = 'short'\n    Settings = ShortSettings\n    taps = (Tap(2),)\n\n"
+        "    @classmethod\n    def build(cls, settings, context):\n        return cls(settings.weight)\n\n"
+        "    def targets(self, batches):\n"
+        "        return [Target(int(batch['visual_mask'].sum())) for batch in batches]\n\n"
+        "    def forward(self, states, target):\n"
+        "        return self.term(states[self.taps[0]].square().sum(), target.count)\n\n\n"
+        "register_arm(Arm('short', 'short states', stage2={'short.weight': 0.001}))\n"
+    )
+    done = call(
+        "experiment",
+        "--quick",
+        "--output",
+        tmp_path / "run",
+        "--arms",
+        "plain",
+        "--arms-file",
+        file,
+        "--set",
+        "max_steps=5",
+        "--set",
+        "eval_steps=5",
+        "--set",
+        "logging_steps=5",
+        "--set",
+        "save_steps=5",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    curves = pd.read_csv(tmp_path / "run" / "curves.csv")
+    assert set(curves[curves.name == "loss_short"].arm) == {"short"}
+    assert "short states differs from plain training" in done.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("deep", "NAME:KEY=VALUE"),
+        ("deep:viral.layer=[5]", "viral.layers"),
+        ("deep:like=virral", "virral"),
+        ("a b:viral.weight=1", "letters"),
+        ("deep:like=viral,control_of=viral", "how"),
+    ],
+)
+def test_an_arm_that_cannot_be_is_one_message(text, message):
+    with pytest.raises(InputError, match=message):
+        arm_from_text(text)
+
+
+def test_commas_inside_brackets_belong_to_the_value():
+    arm = arm_from_text("deep:like=other_image,viral.layers=[4,5],viral.hidden=64,stage1.learning_rate=1e-3")
+    assert arm.stage2["viral.layers"] == [4, 5] and arm.stage2["viral.target"] == "other_image"
+    assert arm.stage1 == {"learning_rate": 1e-3} and arm.baseline == "plain" and arm.control_of == ""

@@ -18,16 +18,9 @@ def runs(tmp_path_factory, small_data):
         model, processor = embedded_model(data_folder() / "parts", seed=seed)
         model.save_pretrained(run / "model")
         processor.save_pretrained(run / "model")
-        save_json(
-            {
-                "data": str(small_data),
-                "seed": 0,
-                "align_weight": 0.5 * seed,
-                "align_layers": [3],
-                "teacher": "dense",
-            },
-            run / "config.json",
-        )
+        save_json({"data": str(small_data), "seed": 0}, run / "config.json")
+        objective = {"viral": {"layers": [3], "teacher": "dense", "parts": ""}}
+        save_json(objective if seed else {}, run / "objectives.json")
         save_json({"steps": 4, "seconds": 2.0}, run / "done.json")
         pd.DataFrame([(2, "accuracy", 0.5)], columns=["step", "name", "value"]).to_csv(
             run / "curves.csv", index=False
@@ -90,7 +83,7 @@ def test_tables_are_kept_for_these_weights_and_questions_only(runs, tmp_path):
 
 def test_what_cannot_be_measured_is_said(runs, tmp_path):
     page = inside(runs[:1], tmp_path, measures=["cknna", "lens"], questions=10, pictures=2).read_text()
-    assert "Not measured: 2 pictures" in page and "Words in the picture" in page
+    assert "Not measured: 2 pictures" in page and "Words in the image" in page
     assert not (tmp_path / "cknna.csv").exists()
 
 

@@ -13,13 +13,20 @@ from PIL import Image
 
 from aligned_mllm.core import InputError, load_json, save_json
 from aligned_mllm.evals.statistics import interval, mean_over_categories, paired
-from aligned_mllm.reporting.experiment_report import finding, print_summary, report, summary_table
+from aligned_mllm.experiments.arms import ARMS, MAJORITY, arm_facts
+from aligned_mllm.reporting.experiment_report import print_summary, report, summary_table
+from aligned_mllm.reporting.finding import contrasts_table, finding, register_looks
 
 NOISE = [0.004, -0.003, 0.001, -0.002]
 PLAN = {
     "recipe": "toy",
     "seeds": [0, 1, 2, 3],
     "arms": ["plain", "viral", "other_image"],
+    "lines": ["blind", "majority"],
+    "facts": {
+        arm.name: arm_facts(arm)
+        for arm in [*(ARMS[name] for name in ("plain", "viral", "other_image", "blind")), MAJORITY]
+    },
     "command": "run it",
     "settings": {"steps": 7},
     "environment": {
@@ -133,7 +140,27 @@ def test_missing_arms():
     assert "No control was run" in finding(scores[scores.arm != "other_image"], PLAN)
     assert "nothing can be said about VIRAL" in finding(scores[scores.arm != "viral"], PLAN)
     only = finding(scores, {**PLAN, "arms": ["plain"]})
-    assert "nothing can be said about VIRAL" in only and "51.5 %" in only
+    assert "nothing can be said about a gain" in only and "51.5 %" in only
+
+
+def test_the_sentences_are_made_for_any_method_baseline_and_control():
+    "The same numbers under other names: no method is known to the report."
+    names = {"plain": "base", "viral": "depth", "other_image": "shuffled"}
+    facts = {
+        names[name]: {**PLAN["facts"][name], "name": names[name], "label": names[name]} for name in names
+    }
+    facts["depth"]["baseline"] = "base"
+    facts["shuffled"] |= {"control_of": "depth", "how": "whose maps were shuffled", "shows": "the maps"}
+    facts["shuffled"]["baseline"] = "base"
+    plan = {**PLAN, "arms": list(facts), "facts": facts}
+    scores = table({"viral": 6, "other_image": 1})
+    scores = scores.assign(arm=scores.arm.map(names))
+    register_looks(plan)
+    text = finding(scores, plan)
+    assert "depth adds" in text and "to base training" in text and "whose maps were shuffled" in text
+    assert "depth beats the control, and by this much the gain comes from the maps" in text
+    assert "VIRAL" not in text and "teacher" not in text
+    assert contrasts_table(scores, plan).loc["depth", "control"] == "shuffled"
 
 
 # the page
@@ -362,7 +389,7 @@ def test_unlearnt_and_unfinished_are_named(tmp_path):
 def test_one_seed_and_one_arm_make_a_page(tmp_path):
     scores = table({}, seeds=1)
     text = "".join(read(report(experiment(tmp_path / "one", scores, plan={**PLAN, "arms": ["plain"]}))).text)
-    assert "nothing can be said about VIRAL" in text and "nan" not in text.lower()
+    assert "nothing can be said about a gain" in text and "nan" not in text.lower()
 
 
 def test_images_stay_inside_the_folder(tmp_path):
