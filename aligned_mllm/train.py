@@ -18,7 +18,7 @@ import aligned_mllm.experiments.recipes  # registers the small worlds' recipes a
 from .core import InputError, command
 from .training.config import configured, parsed_setting
 from .training.dry_run import dry_run
-from .training.estimate import told
+from .training.estimate import as_text
 from .training.run import run, smoke_test
 
 # %% ../nbs/lib/25_train.ipynb #00aeff2d
@@ -64,7 +64,7 @@ def main(
         if options.dry_run:
             device = {} if torch.cuda.is_available() else {"use_cpu": True}
             config = configured(options.recipe, options.data, options.output, {**settings, **device})
-            print(told(dry_run(options.recipe, config, settings)))
+            print(as_text(dry_run(options.recipe, config, settings)))
         elif options.tiny:
             smoke_test(options.recipe, options.output, settings)
         else:

@@ -209,7 +209,7 @@ def places(teacher: Teacher) -> str:
 
 def sealed(teacher: Teacher) -> str:
     "It is as loaded after all of the above; one weight moved by a thousandth is noticed."
-    assert teacher.verify() == teacher.seal and not any(
+    assert teacher.verify() == teacher.checksum and not any(
         value.requires_grad for value in teacher.model.parameters()
     )
     with torch.no_grad():

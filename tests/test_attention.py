@@ -209,7 +209,7 @@ def test_everything_is_put_back_after_an_error_and_contexts_nest():
 
 
 def test_half_precision_and_lora():
-    from aligned_mllm.models.compose import add_lora
+    from aligned_mllm.models.trainable import add_lora
 
     model, processor = tiny("llava")
     batch = mixed(processor)

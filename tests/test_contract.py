@@ -20,7 +20,7 @@ import aligned_mllm.objectives
 from aligned_mllm.core import InputError, checksum, data_folder, load_json, seed_everything
 from aligned_mllm.data.collate import Collator, Samples
 from aligned_mllm.data.records import Records
-from aligned_mllm.models.compose import STAGES, train_only
+from aligned_mllm.models.trainable import STAGES, train_only
 from aligned_mllm.objectives.base import (
     OBJECTIVES,
     Context,
@@ -342,7 +342,7 @@ def save_embedded(folder):
 
 
 def test_weights_that_belong_to_the_model_are_exported_with_it(small_data, tmp_path):
-    from aligned_mllm.models.compose import load_model
+    from aligned_mllm.models.load import load_model
 
     register(Head)
     try:

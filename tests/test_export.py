@@ -12,7 +12,8 @@ from PIL import Image
 from tiny_models import WORDS, bytes_tokenizer, text_sizes, vision_sizes
 
 from aligned_mllm.core import load_json, seed_everything
-from aligned_mllm.models.compose import CHATS, composed_model, load_model
+from aligned_mllm.models.compose import CHATS, composed_model
+from aligned_mllm.models.load import load_model
 from aligned_mllm.train import run
 
 FEW = {

@@ -24,7 +24,7 @@ from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
-from aligned_mllm.models.compose import add_lora
+from aligned_mllm.models.trainable import add_lora
 from aligned_mllm.worlds.small_models import embedded_model
 from aligned_mllm.models.taps import Taps
 

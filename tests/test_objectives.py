@@ -9,14 +9,9 @@ import torch
 from torch import nn
 
 from aligned_mllm.core import InputError, checksum, seed_everything
-from aligned_mllm.models.compose import (
-    add_lora,
-    compose,
-    load_model,
-    parameter_audit,
-    train_only,
-    word_tokenizer,
-)
+from aligned_mllm.models.compose import compose, word_tokenizer
+from aligned_mllm.models.load import load_model
+from aligned_mllm.models.trainable import add_lora, parameter_audit, train_only
 from aligned_mllm.models.residual import RESIDUALS, add_residual
 from aligned_mllm.models.taps import Taps
 from aligned_mllm.objectives.alignment import KINDS, SCHEDULES, scheduled_weight, spatially_normalised

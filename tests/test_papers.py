@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.data.encode import IGNORED, encode
 from aligned_mllm.data.records import Records
-from aligned_mllm.training.estimate import words_in
-from aligned_mllm.models.compose import composed_model, load_model
+from aligned_mllm.training.estimate import summarize_records
+from aligned_mllm.models.compose import composed_model
+from aligned_mllm.models.load import load_model
 from aligned_mllm.training.papers.viral import ROWS, paper_recipe, paper_recipe_names, sources_of, stage1_of
 from aligned_mllm.training.dry_run import dry_run
 from aligned_mllm.training.smoke_test import tiny_data, tiny_settings
@@ -180,7 +181,7 @@ def test_words_are_counted_where_the_records_are(tiny_world):
     data, _ = tiny_world
     name = "viral_table1_vicuna7b_clip_plain"
     found = dry_run(name, configured(name, data, "", {"use_cpu": True}))
-    said = words_in(data / "llava_v1_5_mix665k.json")
+    said = summarize_records(data / "llava_v1_5_mix665k.json")
     assert found["Steps"]["samples"] == said["samples"] == 12 and found["Steps"]["steps"] == 1
     assert said["with_images"] == 0.75 and "75%" in found["A sample"]["with an image"]
 

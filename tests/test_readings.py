@@ -20,7 +20,7 @@ from aligned_mllm.analysis.pca import pca_figure, pca_pictures, pca_table, princ
 from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import model_inputs
-from aligned_mllm.models.compose import add_lora
+from aligned_mllm.models.trainable import add_lora
 
 
 def tiny_loaded(family: str, wrapped: bool = False) -> LoadedModel:

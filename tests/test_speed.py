@@ -14,7 +14,7 @@ from aligned_mllm.experiments import benchmark
 from aligned_mllm.core import InputError
 from aligned_mllm.data import collate
 from aligned_mllm.data.collate import Collator
-from aligned_mllm.models.compose import parameters_by_part
+from aligned_mllm.models.trainable import parameters_by_part
 from aligned_mllm.objectives.viral import Viral
 from aligned_mllm.training.papers.viral import FAST, paper_recipe, paper_recipe_names
 from aligned_mllm.teachers.targets import Targets

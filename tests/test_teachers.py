@@ -22,15 +22,8 @@ from aligned_mllm.teachers.families import FAMILIES
 from aligned_mllm.models.taps import Taps
 from aligned_mllm.objectives.viral import Viral
 from aligned_mllm.teachers.targets import Pairing, Targets, position_mean, whole_images
-from aligned_mllm.teachers.vision import (
-    Teacher,
-    encoder_teacher,
-    load_teacher,
-    on_grid,
-    picture_of_view,
-    random_teacher,
-    shows_picture,
-)
+from aligned_mllm.teachers.pixels import crop_view, on_grid, shows_picture
+from aligned_mllm.teachers.vision import Teacher, encoder_teacher, load_teacher, random_teacher
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +96,7 @@ def test_changing_a_patch_changes_its_feature_most(teachers, name):
 @each_family
 def test_what_was_loaded_is_what_was_saved(teachers, originals, name):
     original = originals[name].get_submodule(FAMILIES[name].part)
-    assert teachers[name].seal == checksum(original) and teachers[name].verify() == teachers[name].seal
+    assert teachers[name].checksum == checksum(original) and teachers[name].verify() == teachers[name].checksum
 
 
 @each_family
@@ -267,13 +260,13 @@ def test_interpolated_features_are_used_where_grids_differ(teachers):
 def test_views_against_pillow():
     image = noise(60, 40)
     assert np.array_equal(
-        picture_of_view(image, (0, 0, 1, 1), (28, 28)), image.resize((28, 28), Image.Resampling.BICUBIC)
+        crop_view(image, (0, 0, 1, 1), (28, 28)), image.resize((28, 28), Image.Resampling.BICUBIC)
     )
     square = Image.new("RGB", (60, 60), (9, 8, 7))
     square.paste(image, (0, 10))
-    padded = picture_of_view(image, (0, -0.25, 1, 1.25), (36, 36), (9, 8, 7))
+    padded = crop_view(image, (0, -0.25, 1, 1.25), (36, 36), (9, 8, 7))
     assert np.array_equal(padded, square.resize((36, 36), Image.Resampling.BICUBIC))
-    cropped = picture_of_view(image, (1 / 6, 0, 5 / 6, 1), (20, 20))
+    cropped = crop_view(image, (1 / 6, 0, 5 / 6, 1), (20, 20))
     resized = image.resize((30, 20), Image.Resampling.BICUBIC).crop(
         (5, 0, 25, 20)
     )  # as processors do: resize, then cut
@@ -284,19 +277,19 @@ def test_views_against_pillow():
     half = smooth.resize((56, 28), Image.Resampling.BICUBIC).crop((28, 0, 56, 28))
     assert (
         np.abs(
-            np.asarray(picture_of_view(smooth, (0.5, 0, 1, 1), (28, 28)), dtype=int)
+            np.asarray(crop_view(smooth, (0.5, 0, 1, 1), (28, 28)), dtype=int)
             - np.asarray(half, dtype=int)
         ).max()
         <= 1
     )
     assert (
         np.abs(
-            np.asarray(picture_of_view(smooth, (0.52, 0, 1, 1), (28, 28)), dtype=int)
+            np.asarray(crop_view(smooth, (0.52, 0, 1, 1), (28, 28)), dtype=int)
             - np.asarray(half, dtype=int)
         ).max()
         > 5
     )
-    assert picture_of_view(image.convert("L"), (-1, -1, 0, 0), (4, 4), (1, 2, 3)).getpixel((1, 1)) == (
+    assert crop_view(image.convert("L"), (-1, -1, 0, 0), (4, 4), (1, 2, 3)).getpixel((1, 1)) == (
         1,
         2,
         3,
@@ -322,7 +315,7 @@ BOXES = [
 @pytest.mark.parametrize("box,grid", BOXES)
 def test_padding_mask_against_painting(box, grid):
     "Paint the picture white on black padding, finely, and ask of each patch whether it has any white."
-    fine = picture_of_view(
+    fine = crop_view(
         Image.new("RGB", (240, 240), (255,) * 3),
         box,
         (grid[0] * 20, grid[1] * 20),
@@ -342,7 +335,7 @@ def test_student_pixels_are_the_students(folders, teachers):
         np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255 - np.reshape(clip.image_mean, (3, 1, 1))
     ) / np.reshape(clip.image_std, (3, 1, 1))
     assert released.pixels_of_view(image, (0, 0, 1, 1), (2, 2)).numpy() == pytest.approx(expected, abs=1e-5)
-    assert released.seal == teachers["dinov2"].seal and released.plan((2, 2))["pixels"] == "student"
+    assert released.checksum == teachers["dinov2"].checksum and released.plan((2, 2))["pixels"] == "student"
     assert random_teacher(released, 0).plan((2, 2))["pixels"] == "student"
     radio = load_teacher(str(folders["radio"]), pixels="student", student=clip)
     assert radio.plan((2, 2))["pixels"] == "own"
@@ -389,7 +382,7 @@ def test_what_cannot_be_a_teacher_says_why(folders, tmp_path):
 
 def test_a_changed_weight_is_noticed(folders):
     teacher = load_teacher(str(folders["dinov2"]))
-    assert teacher.verify() == teacher.seal and not any(p.requires_grad for p in teacher.model.parameters())
+    assert teacher.verify() == teacher.checksum and not any(p.requires_grad for p in teacher.model.parameters())
     with torch.no_grad():
         teacher.model.layernorm.bias[0] += 1e-6
     with pytest.raises(InputError, match="discard the run"):
@@ -413,14 +406,14 @@ def test_a_student_around_a_teacher_changes_it_and_ours_stays(folders, tmp_path)
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     inside = Around.from_pretrained(tmp_path).teacher
-    assert checksum(inside) != teacher.seal
+    assert checksum(inside) != teacher.checksum
     changed = [
         name
         for name, value in inside.state_dict().items()
         if not torch.equal(value, teacher.model.state_dict()[name])
     ]
     assert any("mlp.fc1.weight" in name for name in changed) and any("attention" in name for name in changed)
-    assert teacher.verify() == teacher.seal == load_teacher(str(folders["dinov2"])).seal
+    assert teacher.verify() == teacher.checksum == load_teacher(str(folders["dinov2"])).checksum
 
     class Loading(LlamaForCausalLM):
         def __init__(self, config):

@@ -153,7 +153,7 @@ print(json.dumps({"logits": model(**batch).logits[0, -1].tolist(), "said": said[
 """
     from PIL import Image
 
-    from aligned_mllm.models.compose import load_model
+    from aligned_mllm.models.load import load_model
 
     picture = small_data / sorted(path.relative_to(small_data) for path in small_data.rglob("*.png"))[0]
     found = subprocess.run(
@@ -185,7 +185,7 @@ def test_a_teacher_that_changes_is_noticed(small_data, tmp_path):
     assert not any(
         parameter is mine for parameter in trainer.model.parameters() for mine in teacher.model.parameters()
     )
-    assert teacher.verify() == teacher.seal
+    assert teacher.verify() == teacher.checksum
     with torch.no_grad():
         next(teacher.model.parameters()).add_(1.0)
     with pytest.raises(InputError, match="checksum|changed"):

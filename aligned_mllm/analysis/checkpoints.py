@@ -19,7 +19,7 @@ from ..data.collate import Collator, Samples
 from ..data.encode import PER_TOKEN, encode
 from ..data.records import Record, Records, Turn
 from ..data.views import layout_of
-from ..models.compose import load_model
+from ..models.load import load_model
 
 # %% ../../nbs/lib/analysis/00_checkpoints.ipynb #692b6109
 @dataclass(frozen=True, eq=False)

@@ -28,11 +28,12 @@ from ..data.collate import Collator, model_inputs
 from ..data.encode import encode
 from ..data.images import open_image
 from ..data.records import Record, Records, Turn
-from ..models.compose import parts_of
+from ..models.trainable import parts_of
 from ..models.taps import Taps, check_layers, decoder_layers
-from ..teachers.cache import refuse_other, signature
+from ..teachers.cache import require_equal, signature
 from ..teachers.families import FAMILIES
-from ..teachers.vision import Teacher, encoder_teacher, on_grid, shows_picture
+from ..teachers.pixels import on_grid, shows_picture
+from ..teachers.vision import Teacher, encoder_teacher
 
 # %% ../../nbs/lib/analysis/10_features.ipynb #69795cfe
 def picture_batch(
@@ -310,7 +311,7 @@ def write_model_features(
     settings = settings_of(loaded, count, teachers, layers, batch_size, dtype)
     note = folder / "progress.json"
     if (folder / "settings.json").is_file():
-        refuse_other(load_json(folder / "settings.json"), settings, f"the folder {folder}", remedy)
+        require_equal(load_json(folder / "settings.json"), settings, f"the folder {folder}", remedy)
     save_json(settings, folder / "settings.json")
     done = (
         load_json(note)

@@ -23,7 +23,7 @@ from ..data.records import Records
 from ..evals.statistics import interval, require_columns
 from ..evals.task import answers_of
 from ..figures import blank_figure, escaped, styles_of, with_axes
-from ..models.compose import parts_of
+from ..models.trainable import parts_of
 
 # %% ../../nbs/lib/analysis/50_permutation.ipynb #cb980dff
 def projector_inputs(

@@ -21,7 +21,7 @@ from ..core import InputError, command, load_json, save_json, whole_file
 from ..data.collate import Collator, Samples, model_inputs
 from ..data.records import Records
 from .statistics import wilson
-from ..models.compose import load_model
+from ..models.load import load_model
 
 # %% ../../nbs/lib/evals/10_task.ipynb #e30fea7b
 def is_right(

@@ -25,7 +25,7 @@ from torch import nn
 from ..training.build import prepare_student
 from ..core import InputError, command, environment, peak_memory, save_json, seed_everything
 from ..data.encode import IGNORED
-from ..models.compose import parts_of
+from ..models.trainable import parts_of
 from ..objectives.base import combine
 from ..objectives.text import TextLoss
 from ..objectives.viral import Viral

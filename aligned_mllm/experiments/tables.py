@@ -21,7 +21,7 @@ from ..evals.statistics import wilson
 from ..evals.task import score_run
 from .jobs import graph_of
 from .plan import Plan, prepare_data
-from ..models.compose import load_model
+from ..models.load import load_model
 from ..teachers.vision import encoder_teacher, load_teacher
 
 # %% ../../nbs/lib/experiments/30_tables.ipynb #742e1a5a
@@ -102,10 +102,10 @@ def measure_cknna(
         }
         found = []
         for reference, teacher in {"encoder": encoder_teacher(model, processor), "teacher": dense}.items():
-            if teacher.seal not in features:
+            if teacher.checksum not in features:
                 side = round((len(states[0]) / len(images)) ** 0.5)
-                features[teacher.seal] = reference_features(teacher, images, side).flatten(0, 1)
-            wanted = features[teacher.seal]
+                features[teacher.checksum] = reference_features(teacher, images, side).flatten(0, 1)
+            wanted = features[teacher.checksum]
             table = cknna_by_layer(states, wanted, k=neighbours, permutations=permutations, seed=seed)
             found.append(table.assign(reference=reference, k=neighbours, n=len(wanted)))
         with whole_file(path) as temporary:

@@ -25,7 +25,8 @@ from aligned_mllm.objectives.alignment import (
 from .base import Context, Objective, Tap, Target, Term, register, setting
 from ..teachers.cache import FeatureCache
 from ..teachers.targets import TARGETS, Pairing, Targets, mean_over_images, views_in
-from ..teachers.vision import Teacher, on_grid
+from ..teachers.pixels import on_grid
+from ..teachers.vision import Teacher
 
 # %% ../../nbs/lib/objectives/30_viral.ipynb #e4a94c20
 @dataclass

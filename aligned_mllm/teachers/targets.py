@@ -19,7 +19,8 @@ from torch import Tensor
 from ..core import InputError, path_inside
 from ..data.images import open_image
 from ..data.records import Records
-from .vision import Teacher, on_grid, shows_picture
+from .pixels import on_grid, shows_picture
+from .vision import Teacher
 
 # %% ../../nbs/lib/teachers/20_targets.ipynb #b38a8f44
 def partner_views(

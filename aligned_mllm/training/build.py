@@ -18,14 +18,9 @@ from torch import nn
 
 from ..core import InputError
 from ..data.records import Records
-from aligned_mllm.models.compose import (
-    STAGES,
-    add_lora,
-    add_position_code,
-    composed_model,
-    load_model,
-    train_only,
-)
+from ..models.compose import composed_model
+from ..models.load import add_position_code, load_model
+from ..models.trainable import STAGES, add_lora, train_only
 from ..models.residual import add_residual
 from ..models.taps import decoder_layers
 from ..objectives.base import Context, Objective, objective_class

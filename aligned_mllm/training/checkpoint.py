@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core import load_json, save_json, whole_file
-from ..models.compose import load_model
+from ..models.load import load_model
 from ..objectives.base import Context, Objective, objective_class, settings_of
 from .model import AlignedModel
 

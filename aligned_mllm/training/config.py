@@ -18,7 +18,8 @@ import torch
 from transformers import TrainingArguments
 
 from ..core import InputError
-from ..models.compose import CHATS, STAGES
+from ..models.compose import CHATS
+from ..models.trainable import STAGES
 from ..models.residual import RESIDUALS
 from ..objectives.base import objective_class, setting, settings_of
 from .recipes import recipe

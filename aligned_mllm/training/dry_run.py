@@ -18,13 +18,19 @@ from torch import nn
 
 from ..core import InputError
 from ..data.records import Records
-from ..models.compose import parameter_audit, parts_of
+from ..models.trainable import parameter_audit, parts_of
 from ..objectives.base import Objective
-from ..teachers.vision import EMBEDDED, Teacher, load_teacher
+from ..teachers.vision import EMBEDDED_TEACHERS, Teacher, load_teacher
 from .build import STUDENTS, context_of, objectives_of, prepare_student, student_of
 from .config import AlignConfig
-from .estimate import KNOWN_COUNTS, MEMORY_FORMULA, memory_terms, steps_of, words_in
-from .published import config_of, llava_shape, teacher_shape
+from aligned_mllm.training.estimate import (
+    KNOWN_COUNTS,
+    MEMORY_FORMULA,
+    memory_terms,
+    steps_of,
+    summarize_records,
+)
+from .published import llava_on_meta, published_config, teacher_on_meta
 from .recipes import book_of, recipe
 from .smoke_test import tiny_data, tiny_settings
 
@@ -37,12 +43,12 @@ def student_shape(
     from transformers import AutoModelForImageTextToText
 
     if config.model == "composed":
-        model = llava_shape(config.vision_tower, config.language_model)
+        model = llava_on_meta(config.vision_tower, config.language_model)
     elif config.model in STUDENTS or not config.model:
         return student_of(config)[0]
     else:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config_of(config.model))
+            model = AutoModelForImageTextToText.from_config(published_config(config.model))
     with torch.device("meta"):
         return prepare_student(config, model)
 
@@ -62,13 +68,13 @@ def shape_of_teacher(
     if name == "encoder":
         tower = deepcopy(parts_of(student)["vision_tower"][0])
         layer = student.config.vision_feature_layer
-        return Teacher("encoder", tower, CLIPImageProcessorPil(), layer=layer, seal="not loaded")
+        return Teacher("encoder", tower, CLIPImageProcessorPil(), layer=layer, checksum="not loaded")
     name = name.removeprefix("random_")
-    if name in EMBEDDED:
+    if name in EMBEDDED_TEACHERS:
         with torch.device("cpu"):
             teacher = load_teacher(name, parts=parts)
     else:
-        teacher = teacher_shape(name)
+        teacher = teacher_on_meta(name)
     teacher.model.to(dtype)
     return teacher
 
@@ -116,10 +122,10 @@ def sample_size(
         length = config.max_length or limit
         text = f"{config.records} is not there; at most {length - visual}"
         return {**lines, "text tokens": text}, length, batch * max(length - visual, 0)
-    words = words_in(path)
+    words = summarize_records(path)
     longest = visual + math.ceil(words["longest"] / 4)
     length = min(longest, config.max_length) if config.max_length else longest
-    examined = f"4 characters a token, {words['looked_at']} samples examined"
+    examined = f"4 characters a token, {words['examined']} samples examined"
     lines |= {
         "text tokens": f"about {words['characters'] / 4:.0f}, {words['answers']:.0%} of them answers ({examined})",
         "longest": f"about {longest} tokens{', cut to ' + str(length) if length < longest else ''}",

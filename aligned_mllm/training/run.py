@@ -28,7 +28,8 @@ from aligned_mllm.core import (
 )
 from ..data.collate import Collator, Samples
 from ..data.records import Records
-from ..models.compose import mark_changed, parameter_audit
+from ..models.load import mark_changed
+from ..models.trainable import parameter_audit
 from .build import STUDENTS, context_of, objectives_of, require_compiler, student_of
 from aligned_mllm.training.checkpoint import (
     OBJECTIVES_FILE,
@@ -245,7 +246,7 @@ def teachers_record(
     """The checksum of each objective's teacher before and after training. Raises InputError for one that has
     changed."""
     return {
-        label: {"name": teacher.name, "before": teacher.seal, "after": teacher.verify()}
+        label: {"name": teacher.name, "before": teacher.checksum, "after": teacher.verify()}
         for label, objective in model.objectives.items()
         for teacher in objective.teachers()
     }

@@ -18,7 +18,8 @@ from ..data.images import to_rgb
 from ..data.records import Records, record_to_json
 from ..worlds.scene_data import Sizes, write_scenes
 from ..objectives.base import objective_class
-from .published import PUBLISHED, TINY, tiny_part
+from .published import PUBLISHED
+from .tiny_parts import TINY, tiny_part
 
 # %% ../../nbs/lib/training/60_smoke_test.ipynb #06275e2b
 def tiny_data(

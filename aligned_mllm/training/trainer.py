@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..data.collate import estimated_lengths
-from ..models.compose import parameters_by_part
+from ..models.trainable import parameters_by_part
 from ..objectives.base import combine, text_positions
 from .checkpoint import load_aligned, save_aligned
 from .model import with_targets
