@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'Look', 'style', 'styles_of', 'escaped', 'blank_figure', 'with_axes', 'add_band', 'add_curve', 'add_layers',
-           'layers_figure', 'mark_layer']
+           'layers_figure', 'mark_layer', 'run_names']
 
 # %% ../nbs/lib/10_figures.ipynb #476df5e5
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -242,3 +243,18 @@ def mark_layer(
     note = {"text": label, "y": 1, "xanchor": "center", "yanchor": "bottom", "font_color": "#555"}
     line = {"color": "#777", "dash": "dot", "width": 1.5}
     figure.add_vline(x=layer, line=line, opacity=1, annotation=note)
+
+# %% ../nbs/lib/10_figures.ipynb #a630609a
+def run_names(
+    runs: Sequence[Path],  # run folders
+) -> list[str]:
+    """A name for each run: the folder's own, with as many of its parent folders as it takes to tell them
+    apart. Raises InputError for one run twice."""
+    paths = [Path(run).resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        raise InputError(f"the run {runs[0]} twice", "different runs", "name another")
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
