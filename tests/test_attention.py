@@ -7,16 +7,15 @@ from family_checks import SIZES, mixed, photo
 from tiny_models import FAMILIES, tiny
 
 from aligned_mllm.analysis.attention import (
-    LISTENING,
+    ACTIVE_CONTEXTS,
     AttentionRows,
-    attention_figure,
     attention_rows,
     generated_rows,
     language_model_of,
-    query_mask,
-    views_of_samples,
 )
+from aligned_mllm.analysis.attention_tables import query_mask, views_of_samples
 from aligned_mllm.analysis.checkpoints import LoadedModel
+from aligned_mllm.analysis.overlay import attention_figure
 from aligned_mllm.core import InputError, seed_everything
 from aligned_mllm.data.collate import model_inputs
 
@@ -198,13 +197,13 @@ def test_everything_is_put_back_after_an_error_and_contexts_nest():
     before = model.config.text_config._attn_implementation
     with pytest.raises(InputError, match="whole sequences"), AttentionRows(model, real[:, 1:]):
         model(**model_inputs(batch), use_cache=False)
-    assert model.config.text_config._attn_implementation == before == "sdpa" and not LISTENING
+    assert model.config.text_config._attn_implementation == before == "sdpa" and not ACTIVE_CONTEXTS
     with torch.no_grad(), AttentionRows(model, real) as outer:
         with AttentionRows(model, real, layers=[2]) as inner:
             model(**model_inputs(batch), use_cache=False)
         assert torch.equal(inner.kept[2][0], outer.kept[2][0]) and sorted(inner.kept) == [2]
         model(**model_inputs(batch), use_cache=False)
-    assert model.config.text_config._attn_implementation == before and not LISTENING
+    assert model.config.text_config._attn_implementation == before and not ACTIVE_CONTEXTS
     assert model.config.vision_config._attn_implementation == "sdpa"
 
 

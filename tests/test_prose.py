@@ -31,9 +31,9 @@ PHRASES = {  # what to write instead: regular expressions, without regard to cas
         r"[,;:] who (?:has|wants|needs|reads|knows)\b",
     ],
     "name the thing instead of 'what is ...'": [
-        r"^what (?!is (?:above|below|left|right|where|it)\b)(?:is|are|was|were|came|comes|stands|remains|follows|goes|lies|has|have|had|does|it|they|trains)\b(?!.*\?)",
+        r"^what (?!is (?:above|below|left|right|where|it)\b)(?:is|are|was|were|came|comes|stands|remains|follows|goes|lies|has|have|had|does|trains)\b(?!.*\?| in\b| missing\b)",
         r"\b(?:of|from|for|by|with|in|on|beside|behind|before|after|all|and|over|than|everything) what "
-        r"(?:(?:is|are|was|were)(?! in\b)|came|comes|stands|remains|follows|goes|lies|has|have|had|trains|trained|counts|can)\b",
+        r"(?:(?:is|are|was|were)(?! in\b| drawn\b)|came|comes|stands|remains|follows|goes|lies|has|have|had|trains|trained|counts|can)\b",
         r"\bwhat came\b(?! in)",
         r"\bwhat goes\b",
     ],
@@ -44,13 +44,13 @@ PHRASES = {  # what to write instead: regular expressions, without regard to cas
     "'cannot be compared'": [r"\bdo(?:es)? not compare(?:[.,;:]|$)"],
     "'depended on'": [r"\b(?:hang|hangs|hung|hanging) on\b"],
     "'continue', 'resume', 'wrap' or 'follow'": [
-        r"\b(?:go|goes|went|going) on\b(?! (?:record|to))",
+        r"\b(?:go|goes|went|going) on\b(?! (?:record|to|the))",
         r"\bwith the same words\b",
     ],
     "'if there is none'": [r"\bInputError where\b", r"\bwhere there (?:is|are|was|were) (?:none|no)\b"],
     "'still', 'anyway', 'nevertheless'": [r"\ball the same\b"],
     "'in one row', 'stacked', 'one by one'": [r"\bone (?:after|behind|beside|above|below) the other\b"],
-    "agreement of number": [r"\bgrid are\b"],
+    "agreement of number": [r"\bits (?:grid|box|label|layer|seed|teacher|weight) are\b"],
     "things do not speak: 'shows', 'reports', 'estimates', 'documents'": [
         rf"\b{THING} (?:then |also |itself |only |never |not |does not |do not )?(?:tells?|says?|told|said|speaks?)\b(?! otherwise)",
         r"\b(?:is|are|was|were|be|been) (?:told|asked (?:of|for))\b",
@@ -78,7 +78,8 @@ PHRASES = {  # what to write instead: regular expressions, without regard to cas
         r"\bin vain\b",
         r"\bgone? astray\b",
         r"\bof the same make\b",
-        r"\bnobody\b",
+        r"\b(?:asks?|told|tells|for|of) nobody\b",
+        r"\bnobody wrote\b",
         r"\bof its kind\b",
     ],
     "'describe', 'say so in ...', 'report'": [r"\bby name told\b", r"\bas .{1,40} tells\b"],

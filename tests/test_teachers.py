@@ -1,5 +1,5 @@
-"""Teachers of every family on tiny random configurations of transformers' own classes: what they see,
-what they say, and that nothing changes them."""
+"""Teachers of every family on tiny random configurations of transformers' own classes: their input, their
+features, and that nothing changes them."""
 
 import copy
 import json
@@ -96,7 +96,9 @@ def test_changing_a_patch_changes_its_feature_most(teachers, name):
 @each_family
 def test_what_was_loaded_is_what_was_saved(teachers, originals, name):
     original = originals[name].get_submodule(FAMILIES[name].part)
-    assert teachers[name].checksum == checksum(original) and teachers[name].verify() == teachers[name].checksum
+    assert (
+        teachers[name].checksum == checksum(original) and teachers[name].verify() == teachers[name].checksum
+    )
 
 
 @each_family
@@ -151,11 +153,11 @@ def test_features_against_the_class_itself(teachers, originals, name):
 
 
 @pytest.mark.parametrize("name", ["siglip2", "siglip2_vision_model", "radio"])
-def test_whole_pictures_where_the_processor_gives_no_picture(teachers, name):
+def test_whole_images_where_the_processor_gives_no_image(teachers, name):
     teacher = teachers[name]
     pixels = teacher.pixels([noise(40, 30)])
     assert torch.equal(pixels[0], teacher.pixels_of_view(noise(40, 30), (0, 0, 1, 1), teacher.native))
-    assert teacher.features(pixels).shape == (1, teacher.side**2, teacher.width)
+    assert teacher.features(pixels).shape == (1, teacher.native[0] * teacher.native[1], teacher.width)
 
 
 @pytest.mark.parametrize(
@@ -277,15 +279,13 @@ def test_views_against_pillow():
     half = smooth.resize((56, 28), Image.Resampling.BICUBIC).crop((28, 0, 56, 28))
     assert (
         np.abs(
-            np.asarray(crop_view(smooth, (0.5, 0, 1, 1), (28, 28)), dtype=int)
-            - np.asarray(half, dtype=int)
+            np.asarray(crop_view(smooth, (0.5, 0, 1, 1), (28, 28)), dtype=int) - np.asarray(half, dtype=int)
         ).max()
         <= 1
     )
     assert (
         np.abs(
-            np.asarray(crop_view(smooth, (0.52, 0, 1, 1), (28, 28)), dtype=int)
-            - np.asarray(half, dtype=int)
+            np.asarray(crop_view(smooth, (0.52, 0, 1, 1), (28, 28)), dtype=int) - np.asarray(half, dtype=int)
         ).max()
         > 5
     )
@@ -314,7 +314,8 @@ BOXES = [
 
 @pytest.mark.parametrize("box,grid", BOXES)
 def test_padding_mask_against_painting(box, grid):
-    "Paint the picture white on black padding, finely, and ask of each patch whether it has any white."
+    """Paint the image white on black padding, at high resolution: a patch shows the image if any of it is
+    white."""
     fine = crop_view(
         Image.new("RGB", (240, 240), (255,) * 3),
         box,
@@ -341,7 +342,7 @@ def test_student_pixels_are_the_students(folders, teachers):
     assert radio.plan((2, 2))["pixels"] == "own"
 
 
-def test_what_cannot_be_a_teacher_says_why(folders, tmp_path):
+def test_a_source_without_a_teacher_is_refused(folders, tmp_path):
     def copied(name: str, change) -> str:
         folder = tmp_path / name
         shutil.copytree(folders["dinov2"], folder)
@@ -382,7 +383,9 @@ def test_what_cannot_be_a_teacher_says_why(folders, tmp_path):
 
 def test_a_changed_weight_is_noticed(folders):
     teacher = load_teacher(str(folders["dinov2"]))
-    assert teacher.verify() == teacher.checksum and not any(p.requires_grad for p in teacher.model.parameters())
+    assert teacher.verify() == teacher.checksum and not any(
+        p.requires_grad for p in teacher.model.parameters()
+    )
     with torch.no_grad():
         teacher.model.layernorm.bias[0] += 1e-6
     with pytest.raises(InputError, match="discard the run"):
@@ -391,7 +394,7 @@ def test_a_changed_weight_is_noticed(folders):
 
 def test_a_student_around_a_teacher_changes_it_and_ours_stays(folders, tmp_path):
     """What the paper's code does: the teacher inside the class that `from_pretrained` loads. transformers
-    re-initialises it."""
+    re-initializes it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     teacher = load_teacher(str(folders["dinov2"]))
@@ -569,7 +572,7 @@ def test_cache_gives_what_was_put_and_only_that(teachers, pictures, tmp_path):
         "view_pixels": {
             "viral": [torch.full_like(pixels, torch.nan) for pixels in batch["view_pixels"]["viral"]]
         },
-    }  # not looked at
+    }  # never read
     values, keep = Targets(teacher, disk=again, image_folder=pictures)(other)
     assert (
         torch.equal(values, fresh)
@@ -599,7 +602,7 @@ def test_cache_knows_content_not_names(teachers, pictures, tmp_path):
         cache.get(pictures / "none.png", WHOLE, (1, 2))
 
 
-def test_cache_refuses_other_teachers_and_other_ways_of_looking(folders, teachers, tmp_path):
+def test_cache_refuses_other_teachers_and_other_preprocessing(folders, teachers, tmp_path):
     from dataclasses import replace
     from transformers import CLIPImageProcessorPil
 
@@ -629,7 +632,7 @@ def test_cache_refuses_foreign_and_damaged_entries(teachers, pictures, tmp_path)
     places = {}
     for name in "abc":
         cache.put(pictures / f"{name}.png", WHOLE, (2, 2), torch.full((4, 2), float(ord(name))))
-        places[name] = cache.place(cache.key(pictures / f"{name}.png", WHOLE, (2, 2)))
+        places[name] = cache.path(cache.key(pictures / f"{name}.png", WHOLE, (2, 2)))
     places["b"].write_bytes(places["a"].read_bytes())
     places["c"].write_bytes(places["c"].read_bytes()[:-5])
     for name, message in (("b", "was not written by this cache"), ("c", "whole safetensors")):
@@ -647,7 +650,7 @@ def test_cache_has_a_limit(teachers, pictures, tmp_path):
         False,
     ]
     held = sum(path.stat().st_size for path in (tmp_path / "features").rglob("*.safetensors"))
-    assert held <= 2**20 and cache.counts["no room"] == 1
+    assert held <= 2**20 and cache.counts["full"] == 1
     reopened = FeatureCache(tmp_path / "features", teachers["dinov2"], limit_mib=1)
     assert (
         not reopened.put(pictures / "c.png", WHOLE, (10, 100), entry)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .attention import measured_rows, over_pictures
+from .attention_tables import measured_rows, over_pictures
 from .checkpoints import LoadedModel
 from ..core import InputError
 from ..data.records import Records

@@ -180,7 +180,8 @@ CHATS = {
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
         "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+        "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+        "<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "own": (  # followed by the tokenizer's own template, which reads `messages`
@@ -207,7 +208,7 @@ def chat_template_of(
         raise InputError(
             f"chat 'own' with a {type(tokenizer).__name__} that has no chat template",
             "a tokenizer with a chat template",
-            f"choose one of {[name for name in CHATS if name != 'own']}, or an instruction-tuned language model",
+            "choose another chat, or an instruction-tuned language model",
         )
     return CHATS["own"] + template
 

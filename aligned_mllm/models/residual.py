@@ -96,7 +96,8 @@ def adapted_at(
         raise InputError(
             "visual tokens in another order, or from another image, than the projector's last output",
             "the rows of that output, in order",
-            "encode the image in the same call; for Qwen2.5-VL, which reorders its tokens, use post_projection",
+            "encode the image in the same call; for Qwen2.5-VL, which reorders its tokens, "
+            "use post_projection",
         )
     return at_positions(adapted, mask, embedded)
 

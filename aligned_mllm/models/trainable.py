@@ -100,11 +100,11 @@ def train_only(
 # %% ../../nbs/lib/models/05_trainable.ipynb #5274b6ef
 def parameter_audit(
     model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
-    others: dict[str, nn.Module] | None = None,  # modules outside the model, such as an alignment projector
+    extra: dict[str, nn.Module] | None = None,  # modules outside the model, such as an alignment projector
 ) -> pd.DataFrame:
     """How many parameters of each part are trained and how many are frozen: the table that a run prints
     and saves."""
-    outside = {name: dict(module.named_parameters()) for name, module in (others or {}).items()}
+    outside = {name: dict(module.named_parameters()) for name, module in (extra or {}).items()}
     rows = []
     for name, parameters in {**parameters_by_part(model), **outside}.items():
         counts = {True: 0, False: 0}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ..analysis.attention import image_attention_figure, image_attention_table
+from ..analysis.image_attention import image_attention_figure, image_attention_table
 from ..analysis.cknna import cknna_table, cknna_table_figure
 from ..analysis.convergence import convergence_figure, read_run_curves
 from ..analysis.entropy import spatial_entropy_figure, spatial_entropy_table

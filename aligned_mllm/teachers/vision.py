@@ -170,7 +170,7 @@ def encoder_from(
             error,
             "a vision encoder that transformers has a class for; code that comes with weights, such as "
             "RADIO v2.5's and C-RADIO v3's, is never run",
-            "check the name, or use a release in transformers' own format, such as nvidia/C-RADIOv4-H for RADIO",
+            "check the name, or use a release in transformers' own format; for RADIO, nvidia/C-RADIOv4-H",
         )
     row = family_of(config.model_type)
     loader = getattr(transformers, row.loader)
@@ -187,7 +187,7 @@ def encoder_from(
     incomplete = [name for name in incomplete if row.part in name]
     if incomplete:
         raise InputError(
-            f"{len(incomplete)} tensors of the encoder are not in the file of {str(source)!r}, such as {incomplete[0]}",
+            f"{len(incomplete)} tensors of the encoder are not in {str(source)!r}, such as {incomplete[0]}",
             "all of them: the others would be random",
             "download the weights again",
         )

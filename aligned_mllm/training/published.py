@@ -120,15 +120,15 @@ PUBLISHED = {
 
 # %% ../../nbs/lib/training/00_published.ipynb #ff760917
 CONFIG_SOURCES = {
-    "lmsys/vicuna-7b-v1.5": "its config.json, seen as the base of FasterDecoding/medusa-v1.0-vicuna-7b-v1.5",
-    "lmsys/vicuna-13b-v1.5": "LLaMA 2 13B (arXiv 2307.09288), of which it is a fine-tuning; its own config.json was not seen",
+    "lmsys/vicuna-7b-v1.5": "its config.json, as the base of FasterDecoding/medusa-v1.0-vicuna-7b-v1.5",
+    "lmsys/vicuna-13b-v1.5": "LLaMA 2 13B (arXiv 2307.09288), its base model; not checked against its config.json",
     "Qwen/Qwen2.5-7B-Instruct": "its config.json, as quoted in Lightning-AI/lightning-thunder's benchmarks",
     "openai/clip-vit-large-patch14-336": "its config.json",
-    "google/siglip2-so400m-patch14-384": "as other implementations that load it list them; its config.json was not seen; text tower at defaults",
-    "facebook/dinov2-base": "transformers' defaults; DINOv2 (arXiv 2304.07193): patch 14, last trained at 518 pixels",
-    "facebook/sam-vit-base": "transformers' defaults for SamVisionConfig; its own config.json was not seen",
-    "depth-anything/Depth-Anything-V2-Base-hf": "a DINOv2-B backbone (arXiv 2406.09414), layers as users' code names them; only the backbone is used",
-    "nvidia/C-RADIOv4-H": "transformers' defaults for RadioConfig, documented as this model's",
+    "google/siglip2-so400m-patch14-384": "other implementations that load it; text tower at defaults; not checked against its config.json",
+    "facebook/dinov2-base": "transformers' defaults; arXiv 2304.07193: patch 14, last trained at 518 pixels",
+    "facebook/sam-vit-base": "transformers' defaults for SamVisionConfig; not checked against its config.json",
+    "depth-anything/Depth-Anything-V2-Base-hf": "a DINOv2-B backbone (arXiv 2406.09414), the only part used; layers as in users' code",
+    "nvidia/C-RADIOv4-H": "transformers' defaults for RadioConfig, documented as this model's values",
 }
 
 # %% ../../nbs/lib/training/00_published.ipynb #107efa56
