@@ -1,6 +1,5 @@
-"""What is checked of every family of models, on tiny random ones: used by the tests and by the page that
-lists the families. Every check takes a family's name and returns what it measured, in words; it fails by
-assertion."""
+"""The checks of every model family, on tiny random models: used by the tests and by the page that lists the
+families. A check takes a family's name, returns its measurement as text and fails by assertion."""
 
 import tempfile
 
@@ -61,7 +60,7 @@ def first_states(model, batch: dict) -> torch.Tensor:
 
 def positions(family: str) -> str:
     """The states at visual positions are the model's own image features, in order; placeholders that are
-    left out hold the newline vector."""
+    not visual tokens have the newline vector."""
     model, processor = tiny(family)
     batch = mixed(processor)
     states = first_states(model, batch)
@@ -79,24 +78,21 @@ def positions(family: str) -> str:
         else features.flatten(0, -2)
     )
     assert torch.allclose(states[placeholders], features, atol=1e-5)
-    assert (
-        batch["visual_mask"].sum() == batch["grids"].prod(1).sum() > 0
-        and not (batch["visual_mask"] & ~placeholders).any()
-    )
+    assert batch["visual_mask"].sum() == batch["grids"].prod(1).sum() > 0
+    assert not (batch["visual_mask"] & ~placeholders).any()
     left_out = states[placeholders & ~batch["visual_mask"]]
     if len(left_out):
         assert torch.allclose(left_out, model.model.image_newline.expand_as(left_out))
-    assert batch["view_of"].tolist() == sorted(batch["view_of"].tolist()) and set(
-        batch["view_of"].tolist()
-    ) == {0, 1, 2}
+    assert batch["view_of"].tolist() == sorted(batch["view_of"].tolist())
+    assert set(batch["view_of"].tolist()) == {0, 1, 2}
     return f"{int(batch['visual_mask'].sum())} visual tokens in {len(batch['grids'])} views of 3 pictures" + (
         f", {len(left_out)} newlines" if len(left_out) else ""
     )
 
 
 def places(family: str, mirrored: bool = False, tries: int = 12) -> str:
-    """Painting over the place that a token is said to show changes this token most, among its view's.
-    `mirrored` claims the wrong places, and must fail."""
+    """Painting over the place of a token changes this token most, among the tokens of its view.
+    `mirrored` uses wrong places, and must fail."""
     model, processor = tiny(family)
     generator = np.random.default_rng(0)
     checked = 0
@@ -162,7 +158,7 @@ def pictures_apart(family: str) -> str:
 
 
 def labels(family: str) -> str:
-    "Exactly the answers and their end-of-turn tokens are learnt, in samples with two, one and no pictures."
+    "Exactly the answers and their end-of-turn tokens are learned, in samples with two, one and no pictures."
     _, processor = tiny(family)
     batch = mixed(processor)
     texts = set()
@@ -174,14 +170,12 @@ def labels(family: str) -> str:
             pieces[-1].append(int(row[place]))
             last = place
         texts.add(tuple(processor.tokenizer.decode(piece).strip() for piece in pieces))
-    (learnt,) = texts
-    closing = learnt[1].removeprefix("left").strip()
-    assert (
-        closing in processor.tokenizer.get_vocab()
-        and learnt == (learnt[0], f"left{learnt[1][4:]}")
-        and learnt[0].startswith("two red towers")
-    )
-    assert learnt[0].removeprefix("two red towers").strip() == closing
+    (learned,) = texts
+    closing = learned[1].removeprefix("left").strip()
+    assert closing in processor.tokenizer.get_vocab()
+    assert learned == (learned[0], f"left{learned[1][4:]}")
+    assert learned[0].startswith("two red towers")
+    assert learned[0].removeprefix("two red towers").strip() == closing
     prompt = sample(processor, [photo(0, SIZES[0])], with_last_answer=False)
     whole = sample(processor, [photo(0, SIZES[0])])
     assert torch.equal(whole["input_ids"][: len(prompt["input_ids"])], prompt["input_ids"])
@@ -230,9 +224,8 @@ def one_step(family: str) -> str:
         assert moved <= wanted and unused <= (parts["vision_tower"] if stage == 3 else set()), sorted(
             wanted ^ moved
         )[:5]
-        assert all(moved & parts[part] for part in names) and not any(
-            name in moved for part in set(parts) - set(names) for name in parts[part]
-        )
+        assert all(moved & parts[part] for part in names)
+        assert not any(name in moved for part in set(parts) - set(names) for name in parts[part])
         assert parameter_audit(model).trained[list(names)].sum() == sum(
             value.numel() for value in model.parameters() if value.requires_grad
         )
@@ -254,7 +247,8 @@ def falls(family: str, steps: int = 20) -> str:
         optimizer.step()
         losses.append((text.item(), cosine.item()))
     assert losses[-1][0] < 0.6 * losses[0][0] and losses[-1][1] < losses[0][1] - 0.1, losses
-    return f"text {losses[0][0]:.2f} to {losses[-1][0]:.2f}, cosine term {losses[0][1]:.2f} to {losses[-1][1]:.2f}"
+    (text, cosine), (last_text, last_cosine) = losses[0], losses[-1]
+    return f"text {text:.2f} to {last_text:.2f}, cosine term {cosine:.2f} to {last_cosine:.2f}"
 
 
 @torch.no_grad()
@@ -285,11 +279,9 @@ def text_only(family: str) -> str:
     batch = mixed(processor)
     alone = Collator(processor.tokenizer.pad_token_id)([sample(processor, [])])
     length = alone["input_ids"].shape[1]
-    assert (
-        torch.equal(batch["input_ids"][2, :length], alone["input_ids"][0])
-        and not alone["visual_mask"].any()
-        and len(alone["grids"]) == 0
-    )
+    assert torch.equal(batch["input_ids"][2, :length], alone["input_ids"][0])
+    assert not alone["visual_mask"].any()
+    assert len(alone["grids"]) == 0
     worst = float(
         (model(**model_inputs(batch)).logits[2, :length] - model(**model_inputs(alone)).logits[0]).abs().max()
     )
@@ -313,11 +305,9 @@ def answers_hidden(family: str) -> str:
         places.append(batch["labels"][0] != IGNORED)
     begin = int(places[0].nonzero()[0])
     worst = float((logits[0][:begin] - logits[1][:begin]).abs().max())
-    assert (
-        begin == int(places[1].nonzero()[0])
-        and worst < 1e-5
-        and (logits[0][begin] - logits[1][begin]).abs().max() > 1e-4
-    )
+    assert begin == int(places[1].nonzero()[0])
+    assert worst < 1e-5
+    assert (logits[0][begin] - logits[1][begin]).abs().max() > 1e-4
     return f"largest difference {worst:.0e}"
 
 
@@ -373,14 +363,11 @@ def lora(family: str) -> str:
     wrapped = add_lora(model, rank=2, dropout=0.0)
     batch = mixed(processor)
     audit = parameter_audit(wrapped)
-    assert (
-        audit.trained["projector"] > 0
-        and audit.trained["language_model"] > 0
-        and audit.trained["vision_tower"] == 0
-    )
-    assert len(decoder_layers(wrapped)) == 3 and parts_of(wrapped)["language_model"][
-        0
-    ].layers is decoder_layers(wrapped)
+    assert audit.trained["projector"] > 0
+    assert audit.trained["language_model"] > 0
+    assert audit.trained["vision_tower"] == 0
+    assert len(decoder_layers(wrapped)) == 3
+    assert parts_of(wrapped)["language_model"][0].layers is decoder_layers(wrapped)
     head = torch.nn.Linear(32, 16)
     target = torch.randn(int(batch["visual_mask"].sum()), 16)
     optimizer = torch.optim.AdamW([value for value in wrapped.parameters() if value.requires_grad], lr=1e-2)

@@ -1,6 +1,6 @@
-"""Teachers of every family on tiny random configurations of transformers' own classes, and what is
-checked of each: used by the tests and by the page that lists the teachers. A check returns what it
-measured, in words; it fails by assertion."""
+"""Teachers of every family on tiny random configurations of transformers' own classes, and the checks of
+each: used by the tests and by the page that lists the teachers. A check returns its measurement as text
+and fails by assertion."""
 
 import tempfile
 
@@ -11,7 +11,7 @@ from aligned_mllm.core import InputError, seed_everything
 from aligned_mllm.teachers.targets import Targets
 from aligned_mllm.teachers.vision import Teacher, load_teacher
 
-# No model has these values: what comes out as them was read from the processor.
+# No published model has these values: if a teacher uses them, it read them from the processor.
 MEAN = (0.3, 0.45, 0.6)
 DEVIATION = (0.2, 0.25, 0.3)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -52,7 +52,7 @@ PATCH = {
 
 
 def tiny(name: str, canvas: int = 128):
-    "A tiny random model of a family, and its image processor; SAM has a canvas of so many pixels."
+    "A tiny random model of a family, and its image processor. canvas: the size of SAM's canvas in pixels."
     import transformers as t
 
     size = {"image_size": 5 * PATCH[name]}
@@ -108,23 +108,23 @@ def tiny(name: str, canvas: int = 128):
             t.RadioConfig(**SMALL, **size, **patch, max_img_size=256, norm_mean=MEAN, norm_std=DEVIATION)
         ),
     }
-    look = {"image_mean": list(MEAN), "image_std": list(DEVIATION)}
+    statistics = {"image_mean": list(MEAN), "image_std": list(DEVIATION)}
     view = {
-        "dino": lambda: t.BitImageProcessorPil(**look),
-        "clip": lambda: t.CLIPImageProcessorPil(**look),
+        "dino": lambda: t.BitImageProcessorPil(**statistics),
+        "clip": lambda: t.CLIPImageProcessorPil(**statistics),
         "sigl": lambda: (
             t.Siglip2ImageProcessorPil if name.startswith("siglip2") else t.SiglipImageProcessorPil
-        )(**look),
-        "sam": lambda: t.SamImageProcessorPil(**look),
-        "sam_": lambda: t.SamImageProcessorPil(**look),
-        "dept": lambda: t.DPTImageProcessorPil(**look, ensure_multiple_of=14),
+        )(**statistics),
+        "sam": lambda: t.SamImageProcessorPil(**statistics),
+        "sam_": lambda: t.SamImageProcessorPil(**statistics),
+        "dept": lambda: t.DPTImageProcessorPil(**statistics, ensure_multiple_of=14),
         "radi": lambda: t.CLIPImageProcessorPil(do_normalize=False),
     }
     return make[name](), view[name[:4]]()
 
 
 def loaded(name: str, canvas: int = 1024) -> Teacher:
-    "A tiny teacher of a family, saved and loaded as a user's would be; SAM's real canvas has 1024 pixels."
+    "A tiny teacher of a family, saved and loaded as a user would; SAM's real canvas has 1024 pixels."
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
         for part in tiny(name, canvas):
@@ -132,8 +132,8 @@ def loaded(name: str, canvas: int = 1024) -> Teacher:
         return load_teacher(folder)
 
 
-def look(teacher: Teacher) -> str:
-    "The mean and deviation that reach the encoder, worked out from a black and a white picture."
+def normalization(teacher: Teacher) -> str:
+    "The mean and standard deviation in use, computed from the input for a black and a white image."
     black, white = (
         teacher.pixels_of_view(Image.new("RGB", (64, 64), (value,) * 3), (0, 0, 1, 1), (2, 2)).mean((1, 2))
         for value in (0, 255)
@@ -142,27 +142,25 @@ def look(teacher: Teacher) -> str:
     mean = -black * deviation
     wanted = ((0.0,) * 3, (1.0,) * 3) if teacher.family == "radio" else (MEAN, DEVIATION)
     assert torch.allclose(torch.stack([mean, deviation]), torch.tensor(wanted), atol=1e-4)
-    return "none: 0 to 1, it normalises by itself" if teacher.family == "radio" else "its processor's"
+    return "none: 0 to 1, the network normalizes" if teacher.family == "radio" else "its processor's"
 
 
-def met(teacher: Teacher, rows: int, columns: int) -> str:
-    "How a student's grid is met: the pixels it was given, and whether its patches are the student's tokens."
+def grid_met(teacher: Teacher, rows: int, columns: int) -> str:
+    "How a student's grid is met: the input size, and whether the patches are the student's tokens."
     seen = teacher.pixels_of_view(Image.new("RGB", (10 * columns, 10 * rows)), (0, 0, 1, 1), (rows, columns))
     (features,), plan = teacher.features([seen]), teacher.plan((rows, columns))
     own = seen.shape[1] // teacher.patch, seen.shape[2] // teacher.patch
-    assert (
-        len(features) == own[0] * own[1]
-        and list(own) == plan["teacher_grid"]
-        and (plan["features"] == "coincide") == (own == (rows, columns))
-    )
+    assert len(features) == own[0] * own[1]
+    assert list(own) == plan["teacher_grid"]
+    assert (plan["features"] == "coincide") == (own == (rows, columns))
     return f"{seen.shape[1]} x {seen.shape[2]}, " + (
         "coincide" if own == (rows, columns) else f"interpolated from {own[0]} x {own[1]}"
     )
 
 
 def masked(teacher: Teacher) -> str:
-    """A picture of 3 : 2, padded to a square of 24 x 24 tokens: how many count. The padding is zero for
-    the encoder, up to rounding."""
+    """How many tokens count in an image of 3 : 2, padded to a square of 24 x 24 tokens. The padding is
+    zero in the encoder's input, up to rounding."""
     box = (0.0, -0.25, 1.0, 1.25)
     grid = (24, 24)
     seen = teacher.pixels_of_view(Image.new("RGB", (1200, 800), (255, 0, 255)), box, grid)
@@ -190,8 +188,8 @@ def masked(teacher: Teacher) -> str:
 
 
 def places(teacher: Teacher) -> str:
-    """Painting over one patch of a picture on 3 x 4 tokens changes the feature at its place most (SAM's
-    neck mixes neighbours: there, or one beside)."""
+    """Painting over one patch of an image on 3 x 4 tokens changes the feature of that patch most (or of a
+    neighbour, as SAM's neck mixes neighbours)."""
     patch = teacher.patch
     grid = (3, 4)
     worst = 0
@@ -207,32 +205,33 @@ def places(teacher: Teacher) -> str:
     return "3 of 3" if worst == 0 else "3 of 3, within one patch"
 
 
-def sealed(teacher: Teacher) -> str:
-    "It is as loaded after all of the above; one weight moved by a thousandth is noticed."
-    assert teacher.verify() == teacher.checksum and not any(
-        value.requires_grad for value in teacher.model.parameters()
-    )
+def change_detected(teacher: Teacher) -> str:
+    "The weights are as loaded after all other checks; a change of one weight by a thousandth is detected."
+    assert teacher.verify() == teacher.checksum
+    assert not any(value.requires_grad for value in teacher.model.parameters())
     with torch.no_grad():
         next(teacher.model.parameters()).view(-1)[0] += 1e-3
     try:
         teacher.verify()
     except InputError:
-        return "a changed weight is noticed"
-    raise AssertionError(f"{teacher.family}: a changed weight is not noticed")
+        return "a changed weight is detected"
+    raise AssertionError(f"{teacher.family}: a changed weight is not detected")
 
 
 def checked(name: str, large: tuple[int, int] = (80, 40), canvas: int = 1024) -> dict[str, str | int]:
-    "A row of the table: everything that is measured of a family, on 24 x 24 tokens and on a large grid."
+    "A row of the table: all measurements of a family, on 24 x 24 tokens and on a large grid."
     teacher = loaded(name, canvas)
     one = teacher.pixels_of_view(Image.new("RGB", (64, 64)), (0, 0, 1, 1), (1, 1))
-    grids = {f"{rows} x {columns} tokens": met(teacher, rows, columns) for rows, columns in ((24, 24), large)}
+    grids = {
+        f"{rows} x {columns} tokens": grid_met(teacher, rows, columns) for rows, columns in ((24, 24), large)
+    }
     return {
         "encoder": type(teacher.model).__name__,
         "patch": one.shape[-1],
         "width": teacher.features(one[None]).shape[-1],
-        "mean, deviation": look(teacher),
+        "mean, deviation": normalization(teacher),
         **grids,
         "places": places(teacher),
         "padded, count": masked(teacher),
-        "sealed": sealed(teacher),
+        "checksum": change_detected(teacher),
     }

@@ -47,13 +47,14 @@ def test_smolvlm_with_its_own_processor():
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "internvl", "idefics3", "gemma3"])
-def test_wrong_places_are_noticed(family):
+def test_wrong_places_are_detected(family):
     with pytest.raises(AssertionError):
         places(family, mirrored=True)
 
 
-def test_a_visible_answer_is_noticed(monkeypatch):
-    "PaliGemma's own processor calls the whole text prompt, under which the answer is seen before it is said."
+def test_a_visible_answer_is_detected(monkeypatch):
+    """PaliGemma's own processor treats the whole text as prompt, so that earlier positions attend to the
+    answer."""
     monkeypatch.setattr(
         family_checks,
         "encode",
@@ -65,7 +66,7 @@ def test_a_visible_answer_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (97, 61), (40, 40), (33, 250)])
 @pytest.mark.parametrize("family", ["llava", "llava_padded", "paligemma"])
-def test_boxes_are_where_the_processor_looks(family, size):
+def test_boxes_are_what_the_processor_shows(family, size):
     """A picture whose colours are its coordinates goes through the processor, and is read back at the
     middles of four patches."""
     processor = tiny(family)[1]
@@ -114,11 +115,12 @@ def test_pictures_between_words_and_turns():
     for family in FAMILIES:
         processor = tiny(family)[1]
         made = encode(Record("", ("a", "b", "c"), turns, ""), pictures, processor)
-        learnt = processor.tokenizer.decode(
+        learned = processor.tokenizer.decode(
             made["labels"][made["labels"] != IGNORED], skip_special_tokens=True
         )
-        assert learnt.replace(" ", "") == "tworedtowersleft", (family, learnt)
-        assert made["visual_mask"].sum() == made["grids"].prod(1).sum() and set(made["view_of"].tolist()) == {
+        assert learned.replace(" ", "") == "tworedtowersleft", (family, learned)
+        assert made["visual_mask"].sum() == made["grids"].prod(1).sum()
+        assert set(made["view_of"].tolist()) == {
             0,
             1,
             2,
@@ -139,7 +141,8 @@ def test_saved_and_loaded(family, tmp_path):
         other = put_together(processor, tmp_path)
     else:
         again, other = load_model(tmp_path)
-        assert type(other) is type(processor) and type(getattr(other, "video_processor", None)) is type(
+        assert type(other) is type(processor)
+        assert type(getattr(other, "video_processor", None)) is type(
             getattr(processor, "video_processor", None)
         )
     one = mixed(processor)
@@ -172,10 +175,8 @@ def put_together(processor, folder):
     other.image_processor = AutoImageProcessor.from_pretrained(folder)
     other.tokenizer = AutoTokenizer.from_pretrained(folder)
     other.chat_template = (folder / "chat_template.jinja").read_text()
-    assert (
-        type(other.image_processor) is type(processor.image_processor)
-        and settings["processor_class"] == type(processor).__name__
-    )
+    assert type(other.image_processor) is type(processor.image_processor)
+    assert settings["processor_class"] == type(processor).__name__
     return other
 
 
@@ -204,7 +205,7 @@ def test_taps_are_transformers_own_hidden_states():
         assert torch.allclose(model.get_decoder().norm(taps.states(3)), states[3], atol=1e-5)
 
 
-def test_what_cannot_be_encoded_is_said():
+def test_a_sample_that_cannot_be_encoded_is_refused():
     class MllamaProcessor: ...
 
     for processor, words in ((MllamaProcessor(), "cross-attention"), (object(), "it is not known")):
@@ -241,10 +242,8 @@ def test_views_count_the_pictures_of_the_batch():
         *samples[0]["view_of"].tolist(),
         *(samples[2]["view_of"] + 1).tolist(),
     ]
-    assert (
-        len(batch["grids"]) == len(batch["boxes"]) == len(batch["view_of"])
-        and batch["boxes"].dtype == torch.float32
-    )
+    assert len(batch["grids"]) == len(batch["boxes"]) == len(batch["view_of"])
+    assert batch["boxes"].dtype == torch.float32
     assert not {"grids", "boxes", "view_of", "labels", "visual_mask", "image_names"} & set(
         model_inputs(batch)
     )

@@ -64,9 +64,8 @@ each_family = pytest.mark.parametrize("name", FAMILIES)
 @each_family
 def test_the_row_of_the_page_of_teachers(name):
     row = checked(name, large=(66, 2), canvas=512)
-    assert row["patch"] == PATCH[name] and row["24 x 24 tokens"] == (
-        "336 x 336, coincide" if PATCH[name] == 14 else "384 x 384, coincide"
-    )
+    assert row["patch"] == PATCH[name]
+    assert row["24 x 24 tokens"] == ("336 x 336, coincide" if PATCH[name] == 14 else "384 x 384, coincide")
     assert row["66 x 2 tokens"].endswith("interpolated from 32 x 1" if name.startswith("sam") else "coincide")
     assert row["padded, count"] == "384 of 576" and row["width"] == (8 if name.startswith("sam") else 32)
 
@@ -96,9 +95,8 @@ def test_changing_a_patch_changes_its_feature_most(teachers, name):
 @each_family
 def test_what_was_loaded_is_what_was_saved(teachers, originals, name):
     original = originals[name].get_submodule(FAMILIES[name].part)
-    assert (
-        teachers[name].checksum == checksum(original) and teachers[name].verify() == teachers[name].checksum
-    )
+    assert teachers[name].checksum == checksum(original)
+    assert teachers[name].verify() == teachers[name].checksum
 
 
 @each_family
@@ -173,9 +171,9 @@ def test_whole_images_where_the_processor_gives_no_image(teachers, name):
 )
 def test_grids_coincide_for_llava(teachers, name, size):
     plan = teachers[name].plan((24, 24))
-    assert (
-        plan["input"] == [size, size] and plan["teacher_grid"] == [24, 24] and plan["features"] == "coincide"
-    )
+    assert plan["input"] == [size, size]
+    assert plan["teacher_grid"] == [24, 24]
+    assert plan["features"] == "coincide"
     features = teachers[name].features(
         [teachers[name].pixels_of_view(noise(50, 70), (0.1, 0, 0.9, 1), (24, 24))]
     )
@@ -208,11 +206,9 @@ def test_sam_geometry_is_the_papers():
     expected = teacher.model(canvas).last_hidden_state[0, :, 20:44, 20:44].reshape(4, 576).T
     assert torch.allclose(teacher.features([pixels])[0], expected, atol=1e-6)
     plan = teacher.plan((100, 50))
-    assert (
-        plan["features"] == "interpolate"
-        and plan["teacher_grid"] == [64, 32]
-        and plan["canvas"] == [1024, 1024]
-    )
+    assert plan["features"] == "interpolate"
+    assert plan["teacher_grid"] == [64, 32]
+    assert plan["canvas"] == [1024, 1024]
 
 
 def test_interpolation_against_loops():
@@ -253,10 +249,10 @@ def test_interpolated_features_are_used_where_grids_differ(teachers):
     assert plan["features"] == "interpolate" and plan["teacher_grid"] == [4, 4]
     pixels = limited.pixels_of_view(noise(60, 60), (0, 0, 1, 1), (6, 6))
     values, keep = Targets(limited)(whole_images(["a"], [pixels], (6, 6)))
-    assert (
-        torch.allclose(values, on_grid(teachers["dinov2"].features([pixels])[0], (4, 4), (6, 6)), atol=1e-6)
-        and len(keep) == 36
+    assert torch.allclose(
+        values, on_grid(teachers["dinov2"].features([pixels])[0], (4, 4), (6, 6)), atol=1e-6
     )
+    assert len(keep) == 36
 
 
 def test_views_against_pillow():
@@ -383,9 +379,8 @@ def test_a_source_without_a_teacher_is_refused(folders, tmp_path):
 
 def test_a_changed_weight_is_noticed(folders):
     teacher = load_teacher(str(folders["dinov2"]))
-    assert teacher.verify() == teacher.checksum and not any(
-        p.requires_grad for p in teacher.model.parameters()
-    )
+    assert teacher.verify() == teacher.checksum
+    assert not any(p.requires_grad for p in teacher.model.parameters())
     with torch.no_grad():
         teacher.model.layernorm.bias[0] += 1e-6
     with pytest.raises(InputError, match="discard the run"):
@@ -491,13 +486,11 @@ def test_controls_of_mixed_views(teachers):
     assert torch.equal(made["other_image"][0], torch.cat([own[index] for index in partners]))
     assert torch.equal(made["position_mean"][0][:36], mean[0])
     on_small = on_grid(mean[0], (6, 6), (3, 6))
-    assert torch.allclose(made["mean_removed"][0][72:90], own[2] - on_small) and torch.allclose(
-        made["mean_removed_other"][0][72:90], own[4] - on_small
-    )
+    assert torch.allclose(made["mean_removed"][0][72:90], own[2] - on_small)
+    assert torch.allclose(made["mean_removed_other"][0][72:90], own[4] - on_small)
     both = shows_picture(PADDED, (6, 6))
-    assert torch.equal(made["other_image"][1][36:72], both) and torch.equal(
-        made["mean_removed"][1][36:72], torch.ones(36, dtype=torch.bool)
-    )
+    assert torch.equal(made["other_image"][1][36:72], both)
+    assert torch.equal(made["mean_removed"][1][36:72], torch.ones(36, dtype=torch.bool))
     alone = batch_of(teacher, [VIEWS[0], VIEWS[2]], {name: IMAGES[name] for name in "ab"})
     assert torch.equal(Targets(teacher, "other_image")(alone)[0][36:], on_grid(own[0], (6, 6), (3, 6)))
     with pytest.raises(InputError, match="at least two"):
@@ -562,10 +555,8 @@ def test_cache_gives_what_was_put_and_only_that(teachers, pictures, tmp_path):
     batch = batch_of(teacher, [(f"{name}.png", box, grid) for name, box, grid in VIEWS], images)
     fresh, kept = Targets(teacher)(batch)
     first = FeatureCache(folder, teacher)
-    assert (
-        torch.equal(Targets(teacher, disk=first, image_folder=pictures)(batch)[0], fresh)
-        and first.counts["written"] == 4
-    )
+    assert torch.equal(Targets(teacher, disk=first, image_folder=pictures)(batch)[0], fresh)
+    assert first.counts["written"] == 4
     again = FeatureCache(folder, teacher)
     other = {
         **batch,
@@ -574,16 +565,12 @@ def test_cache_gives_what_was_put_and_only_that(teachers, pictures, tmp_path):
         },
     }  # never read
     values, keep = Targets(teacher, disk=again, image_folder=pictures)(other)
-    assert (
-        torch.equal(values, fresh)
-        and torch.equal(keep, kept)
-        and again.counts["read"] == 4
-        and again.size == first.size > 4 * 18 * 32 * 4
-    )
-    assert (
-        again.get(pictures / "b.png", (0, 0, 0.5, 1), (6, 6)) is None
-        and again.get(pictures / "b.png", (0, 0, 0.4, 1), (3, 6)) is None
-    )
+    assert torch.equal(values, fresh)
+    assert torch.equal(keep, kept)
+    assert again.counts["read"] == 4
+    assert again.size == first.size > 4 * 18 * 32 * 4
+    assert again.get(pictures / "b.png", (0, 0, 0.5, 1), (6, 6)) is None
+    assert again.get(pictures / "b.png", (0, 0, 0.4, 1), (3, 6)) is None
     with pytest.raises(InputError, match="not finite"):
         Targets(teacher, disk=FeatureCache(tmp_path / "new", teacher), image_folder=pictures)(other)
     with pytest.raises(InputError, match="image folder"):
@@ -652,10 +639,8 @@ def test_cache_has_a_limit(teachers, pictures, tmp_path):
     held = sum(path.stat().st_size for path in (tmp_path / "features").rglob("*.safetensors"))
     assert held <= 2**20 and cache.counts["full"] == 1
     reopened = FeatureCache(tmp_path / "features", teachers["dinov2"], limit_mib=1)
-    assert (
-        not reopened.put(pictures / "c.png", WHOLE, (10, 100), entry)
-        and reopened.get(pictures / "a.png", WHOLE, (10, 100)) is not None
-    )
+    assert not reopened.put(pictures / "c.png", WHOLE, (10, 100), entry)
+    assert reopened.get(pictures / "a.png", WHOLE, (10, 100)) is not None
 
 
 WRITER = """
@@ -691,7 +676,5 @@ def test_cache_survives_being_killed_while_it_writes(folders, teachers, pictures
         values = cache.get(pictures / "a.png", WHOLE, (count + 1, 1))
         whole += values is not None and len(values) == 500000 and bool((values == count).all())
     assert whole == entries >= 3
-    assert (
-        cache.put(pictures / "a.png", WHOLE, (entries + 1, 1), torch.zeros(3))
-        and len(cache.get(pictures / "a.png", WHOLE, (entries + 1, 1))) == 3
-    )
+    assert cache.put(pictures / "a.png", WHOLE, (entries + 1, 1), torch.zeros(3))
+    assert len(cache.get(pictures / "a.png", WHOLE, (entries + 1, 1))) == 3

@@ -1,30 +1,39 @@
-"""Tiny random models of transformers' own image-text classes, with real processors, built offline: what
-tests and documentation check. `tiny(family)` gives a model and a processor whose classes, chat template
-and special tokens are those of the published models; widths, depths, picture sizes and the vocabulary are
-small, and the weights are random."""
+"""Tiny random models of transformers' own image-text classes, with real processors, built offline, for
+tests and documentation. `tiny(family)` returns a model and a processor whose classes, chat template and
+special tokens are those of the published models. Widths, depths, image sizes and the vocabulary are
+small, the weights random."""
 
 import torch
 
 from aligned_mllm.core import InputError, seed_everything
 
-WORDS = "a photo of two red towers and one blue circle left right above below what is where the answer yes no top bottom 0 1 2 3 4 5 6 7 8 9 USER ASSISTANT"
+WORDS = (
+    "a photo of two red towers and one blue circle left right above below what is where "
+    "the answer yes no top bottom 0 1 2 3 4 5 6 7 8 9 USER ASSISTANT"
+)
 
 VICUNA = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}"
-    "{% endfor %}{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
-    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% endfor %}{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
+    "{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ ' [/INST]' }}{% else %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ ' [/INST]' }}{% else %}"
     "{{ ' ' + message['content'][0]['text'] + eos_token }}{% endif %}{% endfor %}"
 )
 
 
 def chatml(image: str, last: str = "") -> str:
-    "ChatML, as Qwen's, InternVL's and OneVision's templates write it; `image` stands for a picture."
+    "ChatML, as in the templates of Qwen, InternVL and OneVision. image: the text of an image."
     return (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
         "{{ '"
         + image
         + "' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
@@ -33,19 +42,26 @@ def chatml(image: str, last: str = "") -> str:
 
 
 IDEFICS = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}"
-    "{% endif %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}"
+    "{% endif %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ '<image>' }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-PALIGEMMA = (  # the published models have none; this is the format they were trained with: images, prompt, newline, answer, end
-    "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+# The published models have no template; they were trained with images, prompt, newline, answer, end.
+PALIGEMMA = (
+    "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}"
+    "{{ '<image>' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{{ '\n' if message['role'] == 'user' else eos_token }}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
-    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}"
+    "{% endif %}"
 )
 
 
@@ -79,7 +95,7 @@ def bytes_tokenizer(
 
 
 def text_sizes(tokenizer, **more) -> dict:
-    "What every language model here has in common; the vocabulary has room for tokens that a processor adds."
+    "The sizes of every language model here; the vocabulary has spare rows for tokens that a processor adds."
     return {
         "vocab_size": len(tokenizer) + 1300,
         "hidden_size": 32,

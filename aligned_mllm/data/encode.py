@@ -139,8 +139,9 @@ def encode(
     messages = messages_of(record, with_images=bool(images), with_last_answer=with_last_answer)
     text = render(messages) if with_last_answer else render(messages, add_generation_prompt=True)
     if text.count(processor.image_token) != len(images):
+        count = text.count(processor.image_token)
         raise InputError(
-            f"{text.count(processor.image_token)} image tokens in the text of record {record.id!r} {record.where}",
+            f"{count} image tokens in the text of record {record.id!r} {record.where}",
             f"{len(images)}, one for each image",
             "remove the image token from the text itself",
         )

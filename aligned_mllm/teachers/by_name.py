@@ -18,10 +18,10 @@ def teacher_by_name(
     processor,  # the student's, for "encoder" and pixels="student"
     parts: str = "",  # folder with embedded teachers; the repository's own by default
     dtype: torch.dtype = torch.float32,  # of the teacher's weights
-    pixels: str = "own",  # "own" normalisation, or "student": the released code's, for comparison only
+    pixels: str = "own",  # "own" normalization, or "student": as in the released code, for comparison only
     seed: int = 0,  # for random weights
 ) -> Teacher:
-    "The frozen teacher of a name. Raises InputError where there is none."
+    "The frozen teacher of a name. Raises InputError if there is none."
     if name == "encoder":
         return encoder_teacher(student, processor)
     if name.startswith("random_"):

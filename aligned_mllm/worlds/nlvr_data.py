@@ -192,16 +192,16 @@ def write_images(
 # %% ../../nbs/lib/worlds/25_nlvr_data.ipynb #3c508d7b
 _SOURCE = """# Source of these records
 
-Made by aligned_mllm from NLVR 1.0 (Cornell Natural Language Visual Reasoning): Alane Suhr, Mike Lewis, James Yeh,
-Yoav Artzi, "A Corpus of Natural Language for Visual Reasoning", ACL 2017, https://github.com/lil-lab/nlvr
-(folder nlvr). Licence of the data: Creative Commons Attribution 4.0 (CC BY 4.0),
-https://creativecommons.org/licenses/by/4.0/
+Made by aligned_mllm from NLVR 1.0 (Cornell Natural Language Visual Reasoning): Alane Suhr, Mike Lewis,
+James Yeh, Yoav Artzi, "A Corpus of Natural Language for Visual Reasoning", ACL 2017,
+https://github.com/lil-lab/nlvr (folder nlvr). Licence of the data: Creative Commons Attribution 4.0
+(CC BY 4.0), https://creativecommons.org/licenses/by/4.0/
 
-Changed: sentences in lower case with separate punctuation and a fixed cue at their end; view "{view}" ("whole": the
-original pictures, "boxes": one image cut out per box); validation: directories {held} of the development part;
-training statements whose drawing occurs in validation or test are left out. Records of the categories "drawn" and
-"description" are not NLVR's: their words and truth were computed, from NLVR's lists of what is in the training
-drawings and from drawings made in the same manner (folder drawn).
+Changed: sentences in lower case with separate punctuation and a fixed cue at their end; view "{view}"
+("whole": the original pictures, "boxes": one image cut out per box); validation: directories {held} of the
+development part; training statements whose drawing occurs in validation or test are left out. Records of the
+categories "drawn" and "description" are not NLVR's: their words and truth were computed, from NLVR's lists of
+what is in the training drawings and from drawings made in the same manner (folder drawn).
 
 Records: {counts}
 """
