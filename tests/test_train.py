@@ -181,7 +181,7 @@ def test_a_teacher_that_changes_is_noticed(small_data, tmp_path):
     trainer = trainer_of(
         configured("scenes_viral", small_data, tmp_path / "run", {**FEW, "evaluation_records": ""})
     )
-    teacher = trainer.targets.teacher
+    teacher = trainer.model.objectives["viral"].source.teacher
     assert not any(
         parameter is mine for parameter in trainer.model.parameters() for mine in teacher.model.parameters()
     )
