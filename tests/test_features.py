@@ -13,13 +13,8 @@ import torch
 from family_checks import SIZES, photo
 from tiny_models import FAMILIES, tiny
 
-from aligned_mllm.analysis.features import (
-    features_beside,
-    own_encoder,
-    picture_batch,
-    read_features,
-    write_features,
-)
+from aligned_mllm.analysis.feature_files import read_features, write_features
+from aligned_mllm.analysis.features import features_beside, own_encoder, picture_batch
 from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import model_inputs
@@ -72,7 +67,7 @@ def test_encoders_that_can_be_run_apart_and_those_that_cannot(tmp_path):
 
 WRITE = """
 import sys, time, torch
-from aligned_mllm.analysis.features import write_features
+from aligned_mllm.analysis.feature_files import write_features
 from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import data_folder, peak_memory
 from aligned_mllm.worlds.scenes import draw, scenes_of

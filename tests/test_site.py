@@ -376,7 +376,7 @@ def brightness(tab, selector: str, of: str = "color") -> float:
         "tutorials/new_objective",
         "explanations/methods",
         "explanations/paper_index",
-        "lib/analysis.cknna",
+        "lib/analysis.cka",
         "runs/main_job",
     ],
 )
@@ -463,12 +463,12 @@ def test_the_search_finds_a_name(opened, site, how):
     tab = opened("index.html", **base)
     tab.locator(".sidebar-search").fill("cknna_by_layer")
     tab.keyboard.press("Enter")
-    result = tab.locator("#search-results a", has_text="analysis.cknna > cknna_by_layer").first
+    result = tab.locator("#search-results a", has_text="analysis.cknna_layers > cknna_by_layer").first
     result.wait_for()
     keep(tab, f"search_{how.replace(' ', '_')}")
     result.click()
     tab.locator("h3", has_text="cknna_by_layer").wait_for()
-    assert urlparse(tab.url).path.endswith("/lib/analysis.cknna.html")
+    assert urlparse(tab.url).path.endswith("/lib/analysis.cknna_layers.html")
 
 
 def test_formulas_are_drawn_in_the_font_for_them(opened):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..analysis.cknna import cknna_by_layer
+from ..analysis.cknna_layers import cknna_by_layer
 from ..analysis.features import reference_features, visual_states
 from ..core import load_json, whole_file
 from ..data.images import open_image

@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from ..analysis.image_attention import image_attention_figure, image_attention_table
-from ..analysis.cknna import cknna_table, cknna_table_figure
+from ..analysis.cknna_tables import cknna_table, cknna_table_figure
 from ..analysis.convergence import convergence_figure, read_run_curves
 from ..analysis.entropy import spatial_entropy_figure, spatial_entropy_table
 from ..analysis.knockout import knockout_figure, knockout_table
