@@ -400,7 +400,7 @@ def test_table_of_two_models_and_its_figure(parts, tmp_path):
 
 
 def test_where_the_two_forms_part():
-    "Unrelated and related noise, with and without a common mean: the four cases that the page tells."
+    "Unrelated and related noise, with and without a common mean: the four cases of the page."
     random = np.random.default_rng(0)
     one = random.normal(size=(400, 16))
     noise = random.normal(size=(400, 16))

@@ -35,7 +35,7 @@ FEW = {
 
 @pytest.fixture(scope="module")
 def mixed_data(small_data):
-    "The drawn scenes with every third record told in words alone."
+    "The drawn scenes with every third record in words alone."
     lines = [json.loads(line) for line in (small_data / "train.jsonl").read_text().splitlines()]
     for index, line in enumerate(lines):
         if index % 3 == 1:
@@ -97,7 +97,7 @@ def trained(data, folder, **settings):
 
 @pytest.fixture(scope="module")
 def kept_activations(mixed_data, tmp_path_factory):
-    "What is trained without checkpointing: in full, and adapters above frozen embeddings."
+    "Trainings without checkpointing: in full, and adapters above frozen embeddings."
     found = {
         recipe: trained(
             mixed_data, tmp_path_factory.mktemp(recipe), recipe=recipe, records="mixed.jsonl", **off

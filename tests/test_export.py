@@ -1,5 +1,5 @@
 """What a run leaves is a plain transformers checkpoint: a process that cannot import this package
-computes the same. What is not plain says so."""
+computes the same. A checkpoint that is not plain raises an error."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
 """Features on disk: the same as in memory, for every family, in bounded memory, after a kill, and refused
-where they are not what was asked for."""
+if they are not the requested ones."""
 
 import os
 import signal

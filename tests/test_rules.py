@@ -66,7 +66,7 @@ def python(source: str) -> str:
 
 @pytest.fixture(scope="module")
 def fresh_export(tmp_path_factory) -> Path:
-    "A copy of the notebooks, exported and cleaned anew."
+    "A copy of the notebooks, exported and cleaned again."
     folder = tmp_path_factory.mktemp("export")
     for name in ("settings.ini", "README.md"):
         shutil.copy(ROOT / name, folder)

@@ -1,4 +1,4 @@
-"Training: what is trained, exact normalisation, interruption, processes, export, faults."
+"Training: trained parameters, exact normalisation, interruption, processes, export, faults."
 
 import json
 import os
