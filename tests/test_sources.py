@@ -209,7 +209,7 @@ def test_a_sentence_in_two_directories_is_refused(statements):
         )
         for each in statements
     ]
-    assert "sentence 0 lies in several directories" in message(split_by_directory, moved, {"7"})
+    assert "sentence 0 is in several directories" in message(split_by_directory, moved, {"7"})
 
 
 # ---- computed truth
