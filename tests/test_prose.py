@@ -68,7 +68,7 @@ PHRASES = {  # what to write instead: regular expressions, without regard to cas
     "'fix', 'correct', 'repair'": [r"\bmend(?:s|ed|ing)?\b"],
     "'is in', 'is next to', 'precedes', 'follows'": [
         r"\b(?:stand|stands|stood|standing) (?:in|on|at|beside|behind|before|after|under|above|below|between|there|here|for itself)\b",
-        r"\b(?:lie|lies) (?:in|on|beside|under|below|there|here)\b",
+        r"\b(?:lie|lies) (?:beside|below|there|here|in CODE)\b",
         r"\bas (?:it|they) stands?\b",
     ],
     "a current word": [
