@@ -93,7 +93,7 @@ def asked(session):
     )
 
 
-# what is computed
+# results
 
 
 def test_probabilities_are_those_of_a_plain_pass(session, asked):
@@ -260,7 +260,7 @@ def test_answers_to_other_questions_are_refused(runs, tmp_path):
         widgets.both_answers(Session(copy), ["toy/first", "toy/second"])
 
 
-# what is refused
+# refusals
 
 
 def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
