@@ -78,7 +78,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     missing = [name for name in ("torchvision", "num2words") if find_spec(name) is None]
     if missing:
         terminalreporter.write_line(
-            f"{' and '.join(missing)} not installed: processors with a video part were tested with a SUBSTITUTE "
-            "for it, on images only",
+            f"{' and '.join(missing)} not installed: processors with a video part were tested with a "
+            "SUBSTITUTE for it, on images only",
             yellow=True,
         )

@@ -351,7 +351,8 @@ for name in [f"layer_{layer:03d}" for layer in range(layers)] + ["teacher_encode
     growing.commit()
 index = pd.DataFrame({"picture": np.arange(n) // 25, "shown": 1})
 before = peak_memory()
-cknna_of_features(Features("made up", folder, tuple(range(layers)), ("encoder",), index), permutations=1, groups=0)
+features = Features("made up", folder, tuple(range(layers)), ("encoder",), index)
+cknna_of_features(features, permutations=1, groups=0)
 print(peak_memory() - before)
 """
 

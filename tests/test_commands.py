@@ -22,7 +22,8 @@ COMMANDS = [
     for name, source in MODULES.items()
     if "__main__" in source or re.search(r"^def main\(", source, re.M)
 ]
-BAD = {  # for each command words that argparse takes and the command must refuse; FILE stands for a file where a folder belongs
+# Arguments of each command that argparse accepts and the command must refuse; FILE is a file, not a folder.
+BAD = {
     "aligned_mllm.apps.serve": ["--runs", "FILE"],
     "aligned_mllm.experiments.benchmark": ["--device", "cpu", "--steps", "0"],
     "aligned_mllm.cli": ["experiment", "--seeds", "0"],

@@ -271,7 +271,8 @@ def test_bfloat16_weights(small_data, tmp_path):
     with torch.no_grad(), Taps(trainer.model.student, [3]) as taps:
         term = trainer.model(batch)["terms"][1]
     head = trainer.model.objectives["viral"].projector.double()
-    reference = minus_cosine(head(taps.states(3, batch["visual_mask"]).double()), batch["targets"]["viral"]["features"].double())
+    states = taps.states(3, batch["visual_mask"]).double()
+    reference = minus_cosine(head(states), batch["targets"]["viral"]["features"].double())
     head.float()
     assert term.total.dtype == torch.float32 and abs(term.total - reference) / term.count < 1e-6
     trainer.train()

@@ -75,14 +75,18 @@ from aligned_mllm.worlds.small_models import embedded_model
 torch.set_num_threads(1)
 class Drawn:
     "Pictures made when they are asked for."
-    def __init__(self, count, pause): self.scenes, self.pause, self.peaks = scenes_of("test", 8, seed=5), pause, []
+    def __init__(self, count, pause):
+        self.scenes = scenes_of("test", 8, seed=5)
+        self.pause = pause
+        self.peaks = []
     def __len__(self): return int(sys.argv[2])
     def __getitem__(self, index):
         time.sleep(self.pause)
         self.peaks.append(peak_memory())
         return draw(self.scenes[index % 8])
 drawn = Drawn(int(sys.argv[2]), float(sys.argv[3]))
-write_features(LoadedModel("model", *embedded_model(data_folder() / "parts")), drawn, sys.argv[1], batch_size=8)
+loaded = LoadedModel("model", *embedded_model(data_folder() / "parts"))
+write_features(loaded, drawn, sys.argv[1], batch_size=8)
 print(drawn.peaks[len(drawn.peaks) // 6], drawn.peaks[-1])
 """
 
