@@ -46,7 +46,7 @@ def add_experiment_options(
         help="add the arms (and objectives) that a Python file registers; repeatable",
     )
     job.add_argument(
-        "--full", action="store_true", help="every control, parts trained anew for every seed (hours)"
+        "--full", action="store_true", help="every control, embedded models trained again for every seed (hours)"
     )
     job.add_argument(
         "--quick", action="store_true", help="the same in a minute, far too short to mean anything"
@@ -189,7 +189,7 @@ def main(
         else:
             commands[options.command](options)
     except OSError as error:
-        print(f"aligned-mllm: {error}. What is finished is kept; run the same command again", file=sys.stderr)
+        print(f"aligned-mllm: {error}. Finished runs are kept; run the same command again", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("\naligned-mllm: stopped. Run the same command again to resume from here", file=sys.stderr)

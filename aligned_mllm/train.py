@@ -25,7 +25,7 @@ from .training.run import run, smoke_test
 def import_file(
     path: str | Path,  # a Python file
 ) -> None:
-    "Run a Python file of yours, so that what it registers is known. Raises InputError where there is none."
+    "Run a Python file of yours, so that what it registers is known. Raises InputError if there is none."
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
         raise InputError(f"no Python file {path}", "a file that registers objectives, recipes or arms", "check the path")

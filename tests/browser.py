@@ -1,4 +1,4 @@
-"A real browser and the servers it looks at; servers always end, and write only below a folder of the test."
+"A real browser and the servers that it visits; servers always end, and only write in a folder of the test."
 
 import os
 import shutil
@@ -90,20 +90,20 @@ def served(command: list[str], address: str, folder: Path, **environment: str) -
 
 @contextmanager
 def chromium() -> Iterator:
-    "A headless Chromium; the test is skipped, and says so, where there is none."
+    "A headless Chromium; the test is skipped, with a message, if there is none."
     playwright = pytest.importorskip(
-        "playwright.sync_api", reason="no playwright: nothing was looked at in a browser"
+        "playwright.sync_api", reason="no playwright: not tested in a browser"
     )
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with playwright.sync_playwright() as context:
         if found is None and not os.path.exists(context.chromium.executable_path):
-            pytest.skip("no Chromium: nothing was looked at in a browser")
+            pytest.skip("no Chromium: not tested in a browser")
         browser = context.chromium.launch(executable_path=found, args=FLAGS)
         yield browser
         browser.close()
 
 
 def keep(page, name: str) -> None:
-    "A screenshot, for people to look at: build/screenshots/NAME.png."
+    "A screenshot for people: build/screenshots/NAME.png."
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTEFACTS / f"{name}.png")

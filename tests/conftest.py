@@ -73,12 +73,12 @@ def small_data(tmp_path_factory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Says aloud, also under -q, which processors were not real: without torchvision transformers has no
+    """Report, even under -q, which processors were not real: without torchvision transformers has no
     video processors, without num2words no SmolVLM processor."""
     missing = [name for name in ("torchvision", "num2words") if find_spec(name) is None]
     if missing:
         terminalreporter.write_line(
-            f"{' and '.join(missing)} not installed: processors with a video part were tested with a SUBSTITUTE "
-            "for it, on images only",
+            f"{' and '.join(missing)} not installed: processors with a video part were tested with a "
+            "SUBSTITUTE for it, on images only",
             yellow=True,
         )

@@ -291,7 +291,7 @@ def text_only(family: str) -> str:
 
 @torch.no_grad()
 def answers_hidden(family: str) -> str:
-    """What comes before an answer is computed without it: another answer leaves the logits before it as
+    """Logits before an answer are computed without it: another answer leaves the logits before it as
     they were."""
     model, processor = tiny(family)
     logits = []
@@ -386,8 +386,8 @@ def lora(family: str) -> str:
 
 CHECKS = {
     "visual positions": positions,
-    "places in the picture": places,
-    "several pictures": pictures_apart,
+    "places in the image": places,
+    "several images": pictures_apart,
     "labels": labels,
     "one step": one_step,
     "loss over 20 steps": falls,

@@ -154,7 +154,7 @@ def test_one_pass_after_generation_gives_the_weights_of_its_steps(family):
     model, processor = tiny(family)
     loaded = LoadedModel(family, model, processor)
     batch = loaded.batch([photo(0, SIZES[0])], "what is above")
-    tokens, looked = generated_rows(loaded, batch, max_new_tokens=4, image_only=False)
+    tokens, rows = generated_rows(loaded, batch, max_new_tokens=4, image_only=False)
     decoder = language_model_of(model)
     decoder.set_attn_implementation("eager")
     with torch.no_grad():
@@ -171,12 +171,12 @@ def test_one_pass_after_generation_gives_the_weights_of_its_steps(family):
     for step, weights in enumerate(steps.attentions):
         for layer, full in enumerate(weights, start=1):
             row = full[0, :, -1]  # a sliding cache holds the last keys only
-            assert (looked[layer][:, step, : length + step][:, -row.shape[-1] :] - row).abs().max() < 1e-4, (
+            assert (rows[layer][:, step, : length + step][:, -row.shape[-1] :] - row).abs().max() < 1e-4, (
                 family,
                 step,
                 layer,
             )
-            assert looked[layer][:, step, length + step :].abs().sum() == 0
+            assert rows[layer][:, step, length + step :].abs().sum() == 0
 
 
 def test_only_the_wanted_rows_are_held():

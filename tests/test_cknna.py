@@ -10,23 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from aligned_mllm.analysis.cknna import (
-    MEASURES,
-    agreement,
-    cka,
-    cka_null,
-    cknna,
-    cknna_by_layer,
-    cknna_table,
-    cknna_table_figure,
-    groups_of,
-    kernel,
-    neighbours,
-    permutation_null,
-    points_of,
-    space,
-)
 from aligned_mllm.analysis.checkpoints import LoadedModel
+from aligned_mllm.analysis.cka import cka, cka_null
+from aligned_mllm.analysis.cknna import agreement, cknna
+from aligned_mllm.analysis.cknna_intervals import MEASURES, groups_of, permutation_null
+from aligned_mllm.analysis.cknna_layers import cknna_by_layer
+from aligned_mllm.analysis.cknna_tables import cknna_table, cknna_table_figure
+from aligned_mllm.analysis.neighbours import kernel, neighbours, points_of, space
 from aligned_mllm.core import InputError
 from aligned_mllm.worlds.scenes import draw, scenes_of
 from aligned_mllm.worlds.small_models import embedded_model
@@ -350,8 +340,8 @@ def test_all_measures_by_layer_are_those_one_by_one():
 MEASURE = """
 import sys, numpy as np, pandas as pd, torch
 from pathlib import Path
-from aligned_mllm.analysis.cknna import cknna_of_features
-from aligned_mllm.analysis.features import Features, GrowingRows
+from aligned_mllm.analysis.cknna_tables import cknna_of_features
+from aligned_mllm.analysis.feature_files import Features, GrowingRows
 from aligned_mllm.core import peak_memory
 torch.set_num_threads(1)
 folder, n, layers = Path(sys.argv[1]), 5000, 10
@@ -361,7 +351,8 @@ for name in [f"layer_{layer:03d}" for layer in range(layers)] + ["teacher_encode
     growing.commit()
 index = pd.DataFrame({"picture": np.arange(n) // 25, "shown": 1})
 before = peak_memory()
-cknna_of_features(Features("made up", folder, tuple(range(layers)), ("encoder",), index), permutations=1, groups=0)
+features = Features("made up", folder, tuple(range(layers)), ("encoder",), index)
+cknna_of_features(features, permutations=1, groups=0)
 print(peak_memory() - before)
 """
 
@@ -410,7 +401,7 @@ def test_table_of_two_models_and_its_figure(parts, tmp_path):
 
 
 def test_where_the_two_forms_part():
-    "Unrelated and related noise, with and without a common mean: the four cases that the page tells."
+    "Unrelated and related noise, with and without a common mean: the four cases of the page."
     random = np.random.default_rng(0)
     one = random.normal(size=(400, 16))
     noise = random.normal(size=(400, 16))

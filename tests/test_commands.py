@@ -22,7 +22,8 @@ COMMANDS = [
     for name, source in MODULES.items()
     if "__main__" in source or re.search(r"^def main\(", source, re.M)
 ]
-BAD = {  # for each command words that argparse takes and the command must refuse; FILE stands for a file where a folder belongs
+# Arguments of each command that argparse accepts and the command must refuse; FILE is a file, not a folder.
+BAD = {
     "aligned_mllm.apps.serve": ["--runs", "FILE"],
     "aligned_mllm.experiments.benchmark": ["--device", "cpu", "--steps", "0"],
     "aligned_mllm.cli": ["experiment", "--seeds", "0"],
@@ -43,7 +44,7 @@ BAD = {  # for each command words that argparse takes and the command must refus
 }
 
 
-def words_of(name: str, folder: Path) -> list[str]:
+def arguments_of(name: str, folder: Path) -> list[str]:
     (folder / "file").write_text("not a folder")
     return [word.replace("FILE", str(folder / "file")) for word in BAD[name]]
 
@@ -54,7 +55,7 @@ def test_every_command_has_a_bad_case():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_bad_input_is_one_line_and_status_2(name, tmp_path, capsys):
-    assert importlib.import_module(name).main(words_of(name, tmp_path)) == 2
+    assert importlib.import_module(name).main(arguments_of(name, tmp_path)) == 2
     said = capsys.readouterr()
     assert re.fullmatch(r"aligned_mllm: .+ Expected: .+ What to do: .+\.\n", said.err) and not said.out
     assert re.search(r'if __name__ == "__main__":\n    sys\.exit\(main\(\)\)', MODULES[name])
@@ -63,7 +64,7 @@ def test_bad_input_is_one_line_and_status_2(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["aligned_mllm.training.launch", "aligned_mllm.worlds.train_parts"])
 def test_the_shell_sees_it(name, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", name, *words_of(name, tmp_path)],
+        [sys.executable, "-m", name, *arguments_of(name, tmp_path)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -248,13 +248,16 @@ model = AlignedModel(student, [objective] if name == "text" else [TextLoss(), ob
 
 share = [range(5), range(5, COUNT)][rank]
 (batch,) = with_targets([batch_of(samples, processor, share)], model.objectives.values())
-counts = torch.tensor([float(batch["targets"][label].count) if label in batch["targets"] else 0.0 for label in model.objectives])
+targets = batch["targets"]
+counts = [float(targets[label].count) if label in targets else 0.0 for label in model.objectives]
+counts = torch.tensor(counts)
 dist.all_reduce(counts)
 terms = model(batch)["terms"]
 combine(terms, dict(zip(model.objectives, counts.tolist()))).backward()
 total = terms[-1].total.detach() / counts[-1]
 dist.all_reduce(total)
-size = torch.tensor(sum(p.grad.double().square().sum() for p in objective.parameters() if p.grad is not None) + 0.0)
+gradients = [p.grad.double() for p in objective.parameters() if p.grad is not None]
+size = torch.tensor(sum(gradient.square().sum() for gradient in gradients) + 0.0)
 norm = 0.0
 for p in model.parameters():
     if p.requires_grad:

@@ -1,5 +1,5 @@
-"""The numbers of training, kept: a small stored curve of four arms, recorded before the objectives became a contract
-and equal to the last digit after it. On another processor the last digits may differ."""
+"""The numbers of training, kept: a small stored curve of four arms, recorded before the objectives became a
+contract and equal to the last digit after it. On another processor the last digits may differ."""
 
 from pathlib import Path
 

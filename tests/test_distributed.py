@@ -35,7 +35,7 @@ FEW = {
 
 @pytest.fixture(scope="module")
 def mixed_data(small_data):
-    "The drawn scenes with every third record told in words alone."
+    "The drawn scenes with every third record in words alone."
     lines = [json.loads(line) for line in (small_data / "train.jsonl").read_text().splitlines()]
     for index, line in enumerate(lines):
         if index % 3 == 1:
@@ -97,7 +97,7 @@ def trained(data, folder, **settings):
 
 @pytest.fixture(scope="module")
 def kept_activations(mixed_data, tmp_path_factory):
-    "What is trained without checkpointing: in full, and adapters above frozen embeddings."
+    "Trainings without checkpointing: in full, and adapters above frozen embeddings."
     found = {
         recipe: trained(
             mixed_data, tmp_path_factory.mktemp(recipe), recipe=recipe, records="mixed.jsonl", **off
@@ -271,7 +271,8 @@ def test_bfloat16_weights(small_data, tmp_path):
     with torch.no_grad(), Taps(trainer.model.student, [3]) as taps:
         term = trainer.model(batch)["terms"][1]
     head = trainer.model.objectives["viral"].projector.double()
-    reference = minus_cosine(head(taps.states(3, batch["visual_mask"]).double()), batch["targets"]["viral"]["features"].double())
+    states = taps.states(3, batch["visual_mask"]).double()
+    reference = minus_cosine(head(states), batch["targets"]["viral"]["features"].double())
     head.float()
     assert term.total.dtype == torch.float32 and abs(term.total - reference) / term.count < 1e-6
     trainer.train()

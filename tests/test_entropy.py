@@ -48,7 +48,7 @@ def test_many_maps_at_once_are_the_reference_one_by_one(connectivity):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_equal_places_give_the_logarithm_of_their_number(count):
+def test_equal_components_give_the_logarithm_of_their_number(count):
     image = torch.zeros(3, 15)
     image[1, ::3][:count] = 1 / count
     assert math.isclose(float(spatial_entropy(image.flatten(), (3, 15))), math.log(count), abs_tol=1e-6)
@@ -56,7 +56,9 @@ def test_equal_places_give_the_logarithm_of_their_number(count):
         float(spatial_entropy(image.flatten(), (3, 15), base=2)), math.log2(count), abs_tol=1e-6
     )
     assert math.isclose(
-        float(spatial_entropy(image.flatten(), (3, 15), normalise="places")), float(count > 1), abs_tol=1e-6
+        float(spatial_entropy(image.flatten(), (3, 15), normalise="components")),
+        float(count > 1),
+        abs_tol=1e-6,
     )
 
 
@@ -82,11 +84,11 @@ def test_choices():
     assert 0.99 < share < 1 and math.isclose(
         spatial_entropy(small, (4, 4), threshold=0.01), -share * math.log(share), abs_tol=1e-6
     )
-    assert spatial_entropy(small, (4, 4), threshold=0.01, of="places") == 0
+    assert spatial_entropy(small, (4, 4), threshold=0.01, of="components") == 0
 
 
 def test_views_do_not_touch():
-    "Two views side by side in the row: the last patch of one and the first of the next are two places."
+    "Two views side by side in the row: the last patch of one and the first of the next are two components."
     weights = torch.zeros(8)
     weights[3] = weights[4] = 0.5
     assert math.isclose(spatial_entropy(weights, torch.tensor([[2, 2], [2, 2]])), math.log(2), abs_tol=1e-6)

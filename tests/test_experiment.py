@@ -199,7 +199,7 @@ def test_the_report_in_a_browser(quick):
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as context:
         if browser is None and not os.path.exists(context.chromium.executable_path):
-            pytest.skip("no Chromium: the report was not looked at in a browser")
+            pytest.skip("no Chromium: the report was not tested in a browser")
         page = context.chromium.launch(
             executable_path=browser, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         ).new_page()

@@ -1,5 +1,5 @@
 """What a run leaves is a plain transformers checkpoint: a process that cannot import this package
-computes the same. What is not plain says so."""
+computes the same. A checkpoint that is not plain raises an error."""
 
 import json
 import subprocess
@@ -35,7 +35,8 @@ picture, question, *folders = sys.argv[1:]
 found = {}
 for folder in folders:
     try:
-        model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        processor = AutoProcessor.from_pretrained(folder)
     except ValueError as error:
         found[folder] = {"refused": str(error)}
         continue
@@ -44,8 +45,15 @@ for folder in folders:
     batch = processor(images=Image.open(picture).convert("RGB"), text=text, return_tensors="pt")
     said = model.generate(**batch, do_sample=False, max_new_tokens=6)
     images = processor.image_processor
-    found[folder] = {"logits": model(**batch).logits[0, -1].tolist(), "said": said[0].tolist(), "text": text, "do_pad": getattr(images, "do_pad", None),
-                     "class": type(images).__name__, "pixels": batch["pixel_values"].double().sum().item(), "crop": getattr(images, "do_center_crop", None)}
+    found[folder] = {
+        "logits": model(**batch).logits[0, -1].tolist(),
+        "said": said[0].tolist(),
+        "text": text,
+        "do_pad": getattr(images, "do_pad", None),
+        "class": type(images).__name__,
+        "pixels": batch["pixel_values"].double().sum().item(),
+        "crop": getattr(images, "do_center_crop", None),
+    }
 print(json.dumps(found))
 """
 
@@ -136,8 +144,8 @@ def test_vicunas_sentence_and_square_padding_are_saved(exports):
     _, folders, found = exports
     composed = found["composed"]
     assert composed["text"] == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-        "answers to the user's questions. USER: <image>\nwhere red ASSISTANT:"
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions. USER: <image>\nwhere red ASSISTANT:"
     )
     assert composed["do_pad"] is True and not composed["crop"] and composed["class"].startswith("Llava")
     assert load_json(folders["composed"] / "processor_config.json")["image_processor"]["do_pad"] is True

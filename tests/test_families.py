@@ -183,7 +183,7 @@ def put_together(processor, folder):
 @pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "check", ["visual positions", "places in the picture", "several pictures", "labels", "greedy answers"]
+    "check", ["visual positions", "places in the image", "several images", "labels", "greedy answers"]
 )
 def test_torchvision_image_processors(family, check, tmp_path, monkeypatch):
     """Where torchvision is installed, transformers loads image processors that use it: the layout is

@@ -1,5 +1,5 @@
 """Features on disk: the same as in memory, for every family, in bounded memory, after a kill, and refused
-where they are not what was asked for."""
+if they are not the requested ones."""
 
 import os
 import signal
@@ -13,13 +13,8 @@ import torch
 from family_checks import SIZES, photo
 from tiny_models import FAMILIES, tiny
 
-from aligned_mllm.analysis.features import (
-    features_beside,
-    own_encoder,
-    picture_batch,
-    read_features,
-    write_features,
-)
+from aligned_mllm.analysis.feature_files import read_features, write_features
+from aligned_mllm.analysis.features import features_beside, own_encoder, picture_batch
 from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import model_inputs
@@ -72,7 +67,7 @@ def test_encoders_that_can_be_run_apart_and_those_that_cannot(tmp_path):
 
 WRITE = """
 import sys, time, torch
-from aligned_mllm.analysis.features import write_features
+from aligned_mllm.analysis.feature_files import write_features
 from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import data_folder, peak_memory
 from aligned_mllm.worlds.scenes import draw, scenes_of
@@ -80,14 +75,18 @@ from aligned_mllm.worlds.small_models import embedded_model
 torch.set_num_threads(1)
 class Drawn:
     "Pictures made when they are asked for."
-    def __init__(self, count, pause): self.scenes, self.pause, self.peaks = scenes_of("test", 8, seed=5), pause, []
+    def __init__(self, count, pause):
+        self.scenes = scenes_of("test", 8, seed=5)
+        self.pause = pause
+        self.peaks = []
     def __len__(self): return int(sys.argv[2])
     def __getitem__(self, index):
         time.sleep(self.pause)
         self.peaks.append(peak_memory())
         return draw(self.scenes[index % 8])
 drawn = Drawn(int(sys.argv[2]), float(sys.argv[3]))
-write_features(LoadedModel("model", *embedded_model(data_folder() / "parts")), drawn, sys.argv[1], batch_size=8)
+loaded = LoadedModel("model", *embedded_model(data_folder() / "parts"))
+write_features(loaded, drawn, sys.argv[1], batch_size=8)
 print(drawn.peaks[len(drawn.peaks) // 6], drawn.peaks[-1])
 """
 

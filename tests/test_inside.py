@@ -61,8 +61,8 @@ def test_the_command_measures_two_runs(runs, tmp_path, small_data, capsys):
         record.id for record in Records(small_data / "test.jsonl", small_data)[:20]
     ]
     loaded = load_checkpoint(runs[1])
-    told = answers_of(loaded.model, loaded.processor, asked)
-    right = [is_right(answer, asked[index].turns[-1].answer) for index, answer in enumerate(told.answer)]
+    answers = answers_of(loaded.model, loaded.processor, asked)
+    right = [is_right(answer, asked[index].turns[-1].answer) for index, answer in enumerate(answers.answer)]
     assert every.accuracy["viral"] == pytest.approx(sum(right) / 20)
 
 

@@ -71,7 +71,7 @@ def test_shuffled_tokens_are_the_same_tokens_in_another_order(family):
     counts = batch["grids"].prod(1).tolist()
     if (
         family == "llava_next"
-    ):  # tiles are cut and joined after the projector: what leaves it is looked at instead
+    ):  # tiles are cut and joined after the projector: its output is examined instead
         return
     for before, after in zip(plain[mask].split(counts), shuffled[mask].split(counts)):
         nearest = torch.cdist(after, before).min(1)

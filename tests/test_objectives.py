@@ -14,7 +14,7 @@ from aligned_mllm.models.load import load_model
 from aligned_mllm.models.trainable import add_lora, parameter_audit, train_only
 from aligned_mllm.models.residual import RESIDUALS, add_residual
 from aligned_mllm.models.taps import Taps
-from aligned_mllm.objectives.alignment import KINDS, SCHEDULES, scheduled_weight, spatially_normalised
+from aligned_mllm.objectives.alignment import KINDS, SCHEDULES, scheduled_weight
 from aligned_mllm.objectives.viral import Viral
 
 GRIDS = torch.tensor([[3, 4], [5, 5], [2, 3]])  # three views of different sizes

@@ -1,4 +1,4 @@
-"""The papers' recipes: every value has a source, the forecast is right, and both stages run with tiny
+"""The papers' recipes: every value has a source, the estimate is right, and both stages run with tiny
 parts of the same classes."""
 
 import os
@@ -46,7 +46,7 @@ REHEARSED = (
 )
 
 
-def forecast(name, **settings) -> dict:
+def estimate_of(name, **settings) -> dict:
     return dry_run(name, configured(name, "", "", {"use_cpu": True, **settings}), settings)
 
 
@@ -80,8 +80,8 @@ def test_every_row_resolves_and_says_where_it_stands(name):
 
 
 @pytest.mark.parametrize("name", paper_recipe_names() if ALL_ROWS else FORECAST)
-def test_every_row_has_a_forecast(name, no_network):
-    found = forecast(name)
+def test_every_row_has_an_estimate(name, no_network):
+    found = estimate_of(name)
     assert found["Steps"]["steps"] == (2181 if name.startswith("viral_stage1") else 5198)
     assert found["What trains"]["vision_tower"].startswith("trained 0,")
     assert ("viral" in found["What trains"]) == bool(paper_recipe(name).get("viral.weight"))
@@ -130,7 +130,7 @@ def head(width: int, teacher: int, hidden: int = 2048) -> int:
     ],
 )
 def test_counts_are_those_made_by_hand(row, projector, trained, alignment, tokens):
-    found = forecast(f"viral_{row}")
+    found = estimate_of(f"viral_{row}")
     assert found["What trains"]["projector"].startswith(f"trained {projector:,},")
     assert found["What trains"]["language_model"].startswith(f"trained {trained:,},")
     assert found["What trains"].get("viral") == (f"trained {alignment:,}, frozen 0" if alignment else None)
@@ -143,7 +143,7 @@ def test_counts_are_those_made_by_hand(row, projector, trained, alignment, token
 
 
 def test_memory_follows_its_formula():
-    found = forecast("viral_table1_vicuna7b_clip_plain")["Memory of one GPU, GiB (an estimate)"]
+    found = estimate_of("viral_table1_vicuna7b_clip_plain")["Memory of one GPU, GiB (an estimate)"]
     trained = 20_979_712 + 319_815_680
     frozen = 303_507_456 + 20_979_712 + 6_738_423_808
     inside = 14 * 4096 + 2 * 4096 + 5 * 11008

@@ -1,5 +1,6 @@
-"""The prose of the library is plain English in the field's own terms: a table of odd phrases and of words that
-have a standard term, searched in all markdown, docstrings, comments, messages and names, and in the README.
+"""The prose of the library is plain English in the field's own terms: a table of odd phrases and of words
+that have a standard term, searched in all markdown, docstrings, comments, messages and names, in the README
+and in the tests.
 `python tests/test_prose.py [FILE ...]` lists what it finds."""
 
 import ast
@@ -16,14 +17,24 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(
     path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
 )
-FILES = [ROOT / "README.md", *NOTEBOOKS]
+TESTS = sorted(path for path in (ROOT / "tests").glob("*.py") if path.name != Path(__file__).name)
+FILES = [ROOT / "README.md", *NOTEBOOKS, *TESTS]
 
 THING = (
     "(?:arm|assertion|audit|cell|class|column|config|control|curve|error|experiment|figure|file|folder|forecast|"
-    "function|grid|index|interval|layer|library|line|log|loss|mask|measure|message|method|model|name|notebook|number|"
-    "objective|package|page|paper|plan|probe|processor|projector|recipe|report|row|run|score|sentence|setting|table|"
-    "teacher|term|test|title|tower|tutorial|CKNNA|CKA|CLIP|DINOv2)s?"
+    "function|grid|index|interval|layer|library|line|log|loss|mask|measure|message|method|model|name|notebook|"
+    "number|objective|package|page|paper|plan|probe|processor|projector|recipe|report|row|run|score|sentence|"
+    "setting|table|teacher|term|test|title|tower|tutorial|CKNNA|CKA|CLIP|DINOv2)s?"
 )
+BE = "(?:is|are|was|were)"
+VERB = "came|comes|stands|remains|follows|goes|lies|has|have|had|trains"  # of "what ...", beside BE
+BEFORE = "of|from|for|by|with|in|on|beside|behind|before|after|all|and|over|than|everything"  # "... what is"
+MORE = "longer|more|less|better|worse|higher|lower|larger|smaller|different|other|one|way|reason|evidence"
+SIDE = "in|on|at|beside|behind|before|after|under|above|below|between|there|here|for itself"
+OLD = (
+    "therein thereof thereby hereby herein wherein whereof whence thence hither thither whilst lest nought "
+    "anew aloud betimes henceforth hitherto forthwith aught ere heretofore"
+).split()
 PHRASES = {  # what to write instead: regular expressions, without regard to case
     "'If you have X, ...' or 'users who ...'": [
         r"^who\b(?!.*\?)",
@@ -31,58 +42,55 @@ PHRASES = {  # what to write instead: regular expressions, without regard to cas
         r"[,;:] who (?:has|wants|needs|reads|knows)\b",
     ],
     "name the thing instead of 'what is ...'": [
-        r"^what (?!is (?:above|below|left|right|where|it)\b)(?:is|are|was|were|came|comes|stands|remains|follows|goes|lies|has|have|had|does|trains)\b(?!.*\?| in\b| missing\b)",
-        r"\b(?:of|from|for|by|with|in|on|beside|behind|before|after|all|and|over|than|everything) what "
-        r"(?:(?:is|are|was|were)(?! in\b| drawn\b)|came|comes|stands|remains|follows|goes|lies|has|have|had|trains|trained|counts|can)\b",
+        rf"^what (?!{BE} (?:above|below|left|right|where|it)\b)"  # questions of the drawn scenes
+        rf"(?:{BE}|{VERB}|does)\b(?!.*\?| in\b| missing\b)",
+        rf"\b(?:{BEFORE}) what (?:{BE}(?! in\b| drawn\b)|{VERB}|trained|counts|can)\b",
         r"\bwhat came\b(?! in)",
         r"\bwhat goes\b",
     ],
     "'does not have' or 'does not exist'": [r"\b(?:has|have|had) not(?:[.,;:)]|$)"],
-    "'is not a ...'": [
-        r"(?<!there )\b(?:is|are|was|were) no (?!longer|more|less|better|worse|higher|lower|larger|smaller|different|other|one|way|reason|evidence)\w"
-    ],
+    "'is not a ...'": [rf"(?<!there )\b{BE} no (?!{MORE})\w"],
     "'cannot be compared'": [r"\bdo(?:es)? not compare(?:[.,;:]|$)"],
     "'depended on'": [r"\b(?:hang|hangs|hung|hanging) on\b"],
     "'continue', 'resume', 'wrap' or 'follow'": [
         r"\b(?:go|goes|went|going) on\b(?! (?:record|to|the))",
         r"\bwith the same words\b",
     ],
-    "'if there is none'": [r"\bInputError where\b", r"\bwhere there (?:is|are|was|were) (?:none|no)\b"],
+    "'if there is none'": [r"\bInputError where\b", rf"\bwhere there {BE} (?:none|no)\b"],
     "'still', 'anyway', 'nevertheless'": [r"\ball the same\b"],
     "'in one row', 'stacked', 'one by one'": [r"\bone (?:after|behind|beside|above|below) the other\b"],
     "agreement of number": [r"\bits (?:grid|box|label|layer|seed|teacher|weight) are\b"],
     "things do not speak: 'shows', 'reports', 'estimates', 'documents'": [
-        rf"\b{THING} (?:then |also |itself |only |never |not |does not |do not )?(?:tells?|says?|told|said|speaks?)\b(?! otherwise)",
-        r"\b(?:is|are|was|were|be|been) (?:told|asked (?:of|for))\b",
+        rf"\b{THING} (?:(?:then|also|itself|only|never|not|does not|do not) )?"
+        r"(?:tells?|says?|told|said|speaks?)\b(?! otherwise)",
+        rf"\b(?:{BE}|be|been) (?:told|asked (?:of|for))\b",
         r"\b(?:it|which|that) (?:tells|says) (?:so|why|which|what|for|how|where|them|us)\b",
         r"\basked of\b",
         r"\bsaid (?:of|to be|by)\b",
         r"\btold (?:as|by|in|of|to|beside|with)\b",
-        r"\bcknna tells\b",
+        r"\bas .{1,40} tells\b",
     ],
     "'checksum'": [r"\bseal(?:s|ed|ing)?\b"],
-    "'estimate', 'dry run' or 'smoke test'": [r"\brehears(?:al|als|e|ed)\b", r"\bforecasts?\b", r"\bpreviews?\b"],
-    "'examined', 'used', 'read' or 'attended to'": [r"\blook(?:s|ed|ing)? at\b", r"\bat every look\b", r"\blooked for\b"],
+    "'estimate', 'dry run' or 'smoke test'": [r"\b(?:rehears(?:al|als|e|ed)|forecasts?|previews?)\b"],
+    "'examined', 'used', 'read' or 'attended to'": [
+        r"\blook(?:s|ed|ing)? at\b",
+        r"\bat every look\b",
+        r"\blooked for\b",
+    ],
     "'decide' or 'finish'": [r"\bsettl(?:e|es|ed|ing)\b"],
-    "'with a chat template', 'normalized' ...": [r"\bdressed\b", r"\bundressed\b"],
+    "'with a chat template', 'normalized' ...": [r"\b(?:un)?dressed\b"],
     "'fix', 'correct', 'repair'": [r"\bmend(?:s|ed|ing)?\b"],
     "'is in', 'is next to', 'precedes', 'follows'": [
-        r"\b(?:stand|stands|stood|standing) (?:in|on|at|beside|behind|before|after|under|above|below|between|there|here|for itself)\b",
-        r"\b(?:lie|lies) (?:in|on|beside|under|below|there|here)\b",
+        rf"\b(?:stand|stands|stood|standing) (?:{SIDE})\b",
+        r"\b(?:lie|lies) (?:beside|below|there|here|in CODE)\b",
         r"\bas (?:it|they) stands?\b",
     ],
     "a current word": [
-        r"\b(?:therein|thereof|thereby|hereby|herein|wherein|whereof|whence|thence|hither|thither|whilst|lest|nought|"
-        r"anew|aloud|betimes|henceforth|hitherto|forthwith|aught|ere|save for|heretofore|at once from)\b",
-        r"\btoo dear\b",
-        r"\bin vain\b",
-        r"\bgone? astray\b",
-        r"\bof the same make\b",
+        rf"\b(?:{'|'.join(OLD)})\b",
+        r"\b(?:too dear|in vain|gone? astray|of the same make|of its kind)\b",
         r"\b(?:asks?|told|tells|for|of) nobody\b",
         r"\bnobody wrote\b",
-        r"\bof its kind\b",
     ],
-    "'describe', 'say so in ...', 'report'": [r"\bby name told\b", r"\bas .{1,40} tells\b"],
 }
 PHRASES = {advice: [re.compile(each, re.I) for each in patterns] for advice, patterns in PHRASES.items()}
 
@@ -129,7 +137,8 @@ def odd(text: str) -> list[tuple[str, str]]:
 
 def plain(source: str) -> str:
     "The code of a cell without magics and directives."
-    return "\n".join("" if line.lstrip().startswith(("%", "!", "#|")) else line for line in source.splitlines())
+    lines = source.splitlines()
+    return "\n".join("" if line.lstrip().startswith(("%", "!", "#|")) else line for line in lines)
 
 
 def texts(source: str) -> list[str]:
@@ -145,7 +154,7 @@ def texts(source: str) -> list[str]:
 
 
 def odd_names(source: str) -> list[tuple[str, str]]:
-    "Odd names that a cell defines or uses, each with advice."
+    "Odd names in code, each with advice."
     tree = ast.parse(plain(source))
     found = set()
     for node in ast.walk(tree):
@@ -169,6 +178,11 @@ def findings(path: Path) -> list[str]:
     "Everything odd in a file: cell, sentence or name, and advice."
     if path.suffix == ".md":
         return [f"{sentence}  <- {advice}" for sentence, advice in odd(path.read_text(encoding="utf-8"))]
+    if path.suffix == ".py":
+        source = path.read_text(encoding="utf-8")
+        hits = [hit for part in texts(source) for hit in odd(part)]
+        names = [hit for hit in odd_names(source) if hit[0] in NAMES]
+        return [f"{text}  <- {advice}" for text, advice in [*hits, *names]]
     found = []
     for cell in nbformat.read(path, 4).cells:
         parts = [cell.source] if cell.cell_type == "markdown" else texts(cell.source)
@@ -185,9 +199,12 @@ def test_prose_is_plain(path):
 
 
 def page_names(path: Path) -> list[str]:
-    "What the prose of a file names in backticks as a page or a notebook: `lib/data.records`, `nbs/runs/inside.ipynb`."
-    cells = nbformat.read(path, 4).cells if path.suffix == ".ipynb" else []
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown") or path.read_text(encoding="utf-8")
+    "Names of pages and notebooks in backticks: `lib/data.records`, `nbs/runs/inside.ipynb`."
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, 4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    else:
+        text = path.read_text(encoding="utf-8")
     return re.findall(r"`(?:nbs/)?((?:lib|tutorials|explanations|runs)/[a-z][\w./]*\w)`", text)
 
 
@@ -197,9 +214,9 @@ def test_pages_that_the_prose_names_exist(path):
 
     known = find_pages(ROOT / "nbs")
     rooms = {f"lib/{room_of(name)}" for name in known if name.startswith("lib/")}
-    named = [name for name in page_names(path) if not (ROOT / name).exists() and not name.startswith("runs/scenes")]
+    named = [name for name in page_names(path) if not name.startswith("runs/scenes")]
     missing = [name for name in named if page_name(name) not in known and name not in rooms]
-    assert not missing
+    assert [name for name in missing if not (ROOT / name).exists()] == []
 
 
 BAD = [
@@ -241,7 +258,13 @@ def test_a_plain_sentence_is_left_alone(sentence):
 
 
 def test_messages_comments_and_names_are_searched():
-    source = 'def told(below):\n    "Who has it can name it."\n    raise ValueError("the forecast tells this")  # is sealed'
+    source = "\n".join(
+        [
+            "def told(below):",
+            '    "Who has it can name it."',
+            '    raise ValueError("the forecast tells this")  # is sealed',
+        ]
+    )
     assert len([hit for text in texts(source) for hit in odd(text)]) >= 3
     assert [name for name, _ in odd_names(source)] == ["below", "told"]
     assert odd("Code such as `looked at` and $looked at$ is left alone.") == []

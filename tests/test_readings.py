@@ -39,7 +39,7 @@ def test_at_the_last_layer_the_lens_is_the_models_own_prediction(family):
     last = lens[lens.layer == 3].sort_values(["patch", "rank"])
     of_words = own[
         :, : len(loaded.processor.tokenizer)
-    ]  # rows of the table beyond the tokenizer are no words
+    ]  # rows of the table beyond the tokenizer are not words
     assert np.abs(last.probability.to_numpy().reshape(-1, 3) - of_words.topk(3).values.numpy()).max() < 1e-5
     at = own[torch.tensor(last.patch.to_numpy()), torch.tensor(last.token_id.to_numpy())]
     assert np.abs(at.numpy() - last.probability.to_numpy()).max() < 1e-5
@@ -141,10 +141,10 @@ def test_colours_in_a_shared_basis_compare_and_in_their_own_do_not():
     first = torch.randn(2, 12, 8, generator=generator) * torch.arange(8, 0, -1)
     grids = torch.tensor([[3, 4], [3, 4]])
     rolled = first.flip(0)
-    shared, told = pca_pictures({"a": first, "b": rolled}, grids, shared=True)
+    shared, parts = pca_pictures({"a": first, "b": rolled}, grids, shared=True)
     assert np.array_equal(shared["a"][0], shared["b"][1]) and np.array_equal(shared["a"][1], shared["b"][0])
-    assert set(told.picture) == {-1} and np.allclose(
-        told[told.entry == "a"].share, told[told.entry == "b"].share
+    assert set(parts.picture) == {-1} and np.allclose(
+        parts[parts.entry == "a"].share, parts[parts.entry == "b"].share
     )
     turned = first @ torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
     own, _ = pca_pictures({"a": first, "b": turned}, grids)

@@ -81,7 +81,7 @@ BROKEN = {
     ),
     "system": ({"id": "7", "conversations": turns(("system", "be kind"))}, "turn 1 is from 'system'"),
     "turn without speaker": ({"id": "7", "conversations": [{"value": "how"}]}, "turn 1 is from 'None'"),
-    "turn that is no object": ({"id": "7", "conversations": ["how", "two"]}, "turn 1 is from 'how'"),
+    "turn that is not an object": ({"id": "7", "conversations": ["how", "two"]}, "turn 1 is from 'how'"),
     "no answer": (
         {"id": "7", "conversations": turns(("human", "a"), ("gpt", "b"), ("human", "c"))},
         "turn 3 has no answer",

@@ -409,12 +409,12 @@ def test_images_stay_inside_the_folder(tmp_path):
 def test_summaries(page, capsys):
     markdown = (page.parent / "summary.md").read_text(encoding="utf-8")
     scores = pd.read_csv(page.parent / "scores.csv")
-    told = finding(scores, load_json(page.parent / "plan.json"))
+    text = finding(scores, load_json(page.parent / "plan.json"))
     cells = summary_table(scores, ["plain", "viral"])
-    assert told in markdown and f"| VIRAL | {' | '.join(cells.loc['viral'])} |" in markdown
+    assert text in markdown and f"| VIRAL | {' | '.join(cells.loc['viral'])} |" in markdown
     print_summary(page.parent)
     printed = capsys.readouterr().out
-    assert told in " ".join(printed.split("\n\n")[0].split("\n")) and cells.loc["viral", "mean"] in printed
+    assert text in " ".join(printed.split("\n\n")[0].split("\n")) and cells.loc["viral", "mean"] in printed
 
 
 def test_no_scores(tmp_path):

@@ -12,8 +12,10 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = sorted(path for path in (ROOT / "nbs" / "lib").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+NOTEBOOKS = sorted(
+    path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
+)
+LIBRARY = [path for path in NOTEBOOKS if ROOT / "nbs" / "lib" in path.parents]
 MODULES = [
     path
     for path in sorted((ROOT / "aligned_mllm").rglob("*.py"))
@@ -66,7 +68,7 @@ def python(source: str) -> str:
 
 @pytest.fixture(scope="module")
 def fresh_export(tmp_path_factory) -> Path:
-    "A copy of the notebooks, exported and cleaned anew."
+    "A copy of the notebooks, exported and cleaned again."
     folder = tmp_path_factory.mktemp("export")
     for name in ("settings.ini", "README.md"):
         shutil.copy(ROOT / name, folder)
@@ -111,8 +113,8 @@ def test_a_changed_notebook_would_be_noticed(fresh_export, tmp_path):
     ).read_bytes()
 
 
-# Which rooms (top-level modules and packages) a room may import, in the order in which data flows. A lesson may
-# also show a room of the same row's worlds: small pictures and models to try things on.
+# Which rooms (top-level modules and packages) a room may import, in the order in which data flows. A lesson
+# may also import `worlds` and `models`: small images and models to try things on.
 ALLOWED = {
     "core": "",
     "data": "core",
@@ -184,7 +186,8 @@ def test_one_short_definition_a_cell(path):
             f"{path.name} defines {names} in one cell"
         )
         limit = 100 if re.search(r"^class ", source, re.M) else 60
-        assert len(source.splitlines()) <= limit, f"{path.name}: {names[0]} has {len(source.splitlines())} lines"
+        lines = len(source.splitlines())
+        assert lines <= limit, f"{path.name}: {names[0]} has {lines} lines"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)

@@ -314,9 +314,8 @@ def browser():
                 executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
             )
         except sync_api.Error as error:
-            pytest.skip(
-                f"NOT TESTED in a browser: Chromium does not start ({str(error).splitlines()[0]}); 'make browser' fetches it"
-            )
+            first = str(error).splitlines()[0]
+            pytest.skip(f"NOT TESTED in a browser: Chromium does not start ({first}); see 'make browser'")
         yield found
         found.close()
 
@@ -376,7 +375,7 @@ def brightness(tab, selector: str, of: str = "color") -> float:
         "tutorials/new_objective",
         "explanations/methods",
         "explanations/paper_index",
-        "lib/analysis.cknna",
+        "lib/analysis.cka",
         "runs/main_job",
     ],
 )
@@ -418,8 +417,9 @@ def test_figures_react(opened):
 @pytest.mark.parametrize("name", ["index", "lib/site.build", "tutorials/own_model", "explanations/shapes"])
 def test_no_code_is_cut_off(opened, name):
     tab = opened(f"{name}.html", width=1300)
-    widths = "nodes => nodes.filter(node => node.scrollWidth > node.clientWidth + 1).map(node => node.textContent.slice(0, 80))"
-    assert tab.locator("article pre").count() > 2 and tab.locator("article pre").evaluate_all(widths) == []
+    cut_off = "node => node.scrollWidth > node.clientWidth + 1"
+    cut = f"nodes => nodes.filter({cut_off}).map(node => node.textContent.slice(0, 80))"
+    assert tab.locator("article pre").count() > 2 and tab.locator("article pre").evaluate_all(cut) == []
     assert "\n\n\n\n" not in tab.locator("article .highlight pre").first.text_content()
     keep(tab, f"{name.replace('/', '_')}_code", full_page=name == "index")
 
@@ -463,12 +463,12 @@ def test_the_search_finds_a_name(opened, site, how):
     tab = opened("index.html", **base)
     tab.locator(".sidebar-search").fill("cknna_by_layer")
     tab.keyboard.press("Enter")
-    result = tab.locator("#search-results a", has_text="analysis.cknna > cknna_by_layer").first
+    result = tab.locator("#search-results a", has_text="analysis.cknna_layers > cknna_by_layer").first
     result.wait_for()
     keep(tab, f"search_{how.replace(' ', '_')}")
     result.click()
     tab.locator("h3", has_text="cknna_by_layer").wait_for()
-    assert urlparse(tab.url).path.endswith("/lib/analysis.cknna.html")
+    assert urlparse(tab.url).path.endswith("/lib/analysis.cknna_layers.html")
 
 
 def test_formulas_are_drawn_in_the_font_for_them(opened):

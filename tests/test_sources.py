@@ -209,7 +209,7 @@ def test_a_sentence_in_two_directories_is_refused(statements):
         )
         for each in statements
     ]
-    assert "sentence 0 lies in several directories" in message(split_by_directory, moved, {"7"})
+    assert "sentence 0 is in several directories" in message(split_by_directory, moved, {"7"})
 
 
 # ---- computed truth
@@ -455,8 +455,8 @@ def test_truth_against_people():
 
 
 def test_drawings_against_the_pixels():
-    """What the lists say stands in the pictures: the same colours in the same places, for orders that
-    tell left from right."""
+    """The lists agree with the pictures: the same colours in the same places, for orders that
+    distinguish left from right."""
     folder = real_folder()
     palette = np.array([DRAWING_RGB[name] for name in ("yellow", "black", "blue", "box", "between")])
     for statement in read_nlvr(folder, "dev")[::120]:

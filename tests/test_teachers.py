@@ -41,7 +41,7 @@ def folders(tmp_path_factory, originals) -> dict[str, Path]:
         originals[name], view = tiny(name)
         originals[name].save_pretrained(made[name])
         view.save_pretrained(made[name])
-        if name == "dinov3_vit":  # as its authors' files say; transformers' class for it needs torchvision
+        if name == "dinov3_vit":  # as in its authors' files; transformers' class for it needs torchvision
             settings = json.loads((made[name] / "preprocessor_config.json").read_text()) | {
                 "image_processor_type": "DINOv3ViTImageProcessorFast"
             }

@@ -1,4 +1,4 @@
-"Training: what is trained, exact normalisation, interruption, processes, export, faults."
+"Training: trained parameters, exact normalisation, interruption, processes, export, faults."
 
 import json
 import os
@@ -145,9 +145,11 @@ sys.modules["aligned_mllm"] = None
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 folder, picture, question = sys.argv[1:]
-model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+processor = AutoProcessor.from_pretrained(folder)
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-batch = processor(images=Image.open(picture).convert("RGB"), text=processor.apply_chat_template(messages, add_generation_prompt=True), return_tensors="pt")
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+batch = processor(images=Image.open(picture).convert("RGB"), text=text, return_tensors="pt")
 said = model.generate(**batch, do_sample=False, max_new_tokens=4)
 print(json.dumps({"logits": model(**batch).logits[0, -1].tolist(), "said": said[0].tolist()}))
 """
@@ -303,7 +305,8 @@ def test_a_full_disk_is_one_message_and_a_clean_resume(small_data, tmp_path):
     limited = [
         sys.executable,
         "-c",
-        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); os.execv(sys.argv[1], sys.argv[1:])",
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
+        "os.execv(sys.argv[1], sys.argv[1:])",
         *command,
     ]
     failed = subprocess.run(limited, env=ENVIRONMENT, capture_output=True, text=True)

@@ -1,5 +1,5 @@
-"""Widgets: what they compute, against references; what they refuse; and, in a real browser, what changes
-in the page when one asks, clicks and slides."""
+"""Widgets: their results against references; their refusals; and, in a real browser, the changes
+of the page after questions, clicks and moved sliders."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def asked(session):
     )
 
 
-# what is computed
+# results
 
 
 def test_probabilities_are_those_of_a_plain_pass(session, asked):
@@ -260,7 +260,7 @@ def test_answers_to_other_questions_are_refused(runs, tmp_path):
         widgets.both_answers(Session(copy), ["toy/first", "toy/second"])
 
 
-# what is refused
+# refusals
 
 
 def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
@@ -542,7 +542,7 @@ class Window:
         )
 
     def slide(self, key: str) -> float:
-        "Press a key on the layer slider; milliseconds until the first panel's figure has been drawn anew."
+        "Press a key on the layer slider; milliseconds until the first panel's figure has been drawn again."
         self.page.locator(".widget-slider .noUi-handle").first.focus()
         self.page.evaluate("""() => {
             const drawn = () => JSON.stringify(document.querySelector('.aligned-panel .js-plotly-plot')?.calcdata?.[0]?.[0]?.z ?? null), before = drawn();
@@ -693,7 +693,7 @@ def test_compare_as_an_application(browser, voila, session):
 
 
 def test_the_application_gives_nothing_away(voila):
-    "Neither a page without the token, nor a file, nor the list of notebooks to whoever has no token."
+    "Neither a page without the token, nor a file, nor the list of notebooks is served without the token."
 
     def status(path: str) -> int:
         try:

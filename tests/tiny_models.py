@@ -66,7 +66,7 @@ GEMMA = (
 
 
 def bytes_tokenizer(
-    template: str, bos: str | None, eos: str, pad: str, named: dict[str, str], others: tuple[str, ...] = ()
+    template: str, bos: str | None, eos: str, pad: str, named: dict[str, str], more: tuple[str, ...] = ()
 ):
     "A byte-level BPE tokenizer with a few merges; `named` special tokens become attributes of the tokenizer."
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -82,7 +82,7 @@ def bytes_tokenizer(
         min_frequency=1,
     )
     tokenizer.train_from_iterator([WORDS + " " + WORDS], trainer)
-    special = [token for token in dict.fromkeys([pad, bos, eos, *named.values(), *others]) if token]
+    special = [token for token in dict.fromkeys([pad, bos, eos, *named.values(), *more]) if token]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

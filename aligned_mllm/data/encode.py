@@ -97,7 +97,7 @@ def _expanded_position(
     processor,  # of a family in data.views.LAYOUTS
     ends: list[int],  # end of the last visual token of each image, in characters of the processor's text
 ) -> int:
-    "Where a character of the rendered text lies in the processor's text, in which images are expanded."
+    "The position of a character of the rendered text in the processor's text, where images are expanded."
     layout = layout_of(processor)
     token = processor.image_token
     before = text[:position].count(token)

@@ -72,7 +72,7 @@ class ArrayWindow:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
-                # "1." or "1e+": a number may go on behind the window
+                # "1." or "1e+": a number may continue after the window
                 if end < len(self.text) - 2 or not self.grow():
                     self.skip(end)
                     return value

@@ -24,7 +24,7 @@ from .images import image_path
 from .json_spans import array_spans, line_spans
 
 # %% ../../nbs/lib/data/06_records.ipynb #5be443d2
-IMAGE = "<image>"  # stands in a question where an image is shown
+IMAGE = "<image>"  # the placeholder of an image in a question
 
 # %% ../../nbs/lib/data/06_records.ipynb #f922adc3
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _parse_categories(
     place: str,  # begins the message
     count: int,  # questions of the sample
 ) -> list[str]:
-    "The category of each question, empty where there is none; raises InputError."
+    "The category of each question, empty without one; raises InputError."
     found = raw.get("category")
     found = "" if found is None else found
     categories = [found] * count if isinstance(found, str) else found

@@ -92,7 +92,7 @@ def mean_over_categories(
 # %% ../../nbs/lib/evals/00_statistics.ipynb #b4c2f7cc
 def paired(
     scores: pd.DataFrame,  # columns seed, arm, category, accuracy (0-1)
-    arm: str,  # the arm whose gain is asked for
+    arm: str,  # the arm whose gain is computed
     baseline: str,  # the arm it is compared with
 ) -> pd.DataFrame:
     """`arm` minus `baseline`: seed, category (types, then 'mean'), difference (0-1); raises InputError if

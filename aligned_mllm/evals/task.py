@@ -86,7 +86,7 @@ def answers_of(
 # %% ../../nbs/lib/evals/10_task.ipynb #9983788e
 def majority_answers(
     records: Records,  # training records
-    limit: int = 20000,  # records looked at
+    limit: int = 20000,  # records used
 ) -> dict[str, str]:
     "The commonest training answer of each question type."
     counts: dict[str, Counter] = {}
@@ -117,7 +117,7 @@ def score_run(
     records: str = "test.jsonl",  # what to ask, below data
     training: str = "train.jsonl",  # for the majority answers, below data
 ) -> pd.DataFrame:
-    """Ask a run's model; write answers.jsonl, scores.csv and what was asked (scores.json). Asked the same
+    """Ask a run's model; write answers.jsonl, scores.csv and the questions (scores.json). Asked the same
     before, the scores are read. Raises InputError."""
     run = Path(run)
     data = Path(data)

@@ -29,7 +29,7 @@ class Arm:
     stage2: dict = field(default_factory=dict)  # the same for stage 2
     baseline: str = "plain"  # the arm it is compared with; "" for a baseline
     control_of: str = ""  # for a control: the arm whose gain it could explain away
-    how: str = ""  # for a control: what was changed, as in "whose teacher was shown another image"
+    how: str = ""  # for a control: the change, as in "whose teacher was shown another image"
     shows: str = (
         ""  # for a control: what a lead over it would show, as in "what the teacher saw in this image"
     )
@@ -45,7 +45,7 @@ class Arm:
         if self.control_of and not (self.how and self.shows):
             raise InputError(
                 f"control {self.name!r} without its phrases",
-                "how: what was changed; shows: what a lead over it would show",
+                "how: the change; shows: what a lead over it would show",
                 "say both",
             )
 

@@ -128,8 +128,8 @@ class Options:
     "Switches of a benchmark. Raises InputError for what cannot run here."
 
     device: str = "cpu"  # or cuda
-    weights: str = "float32"  # a name from WEIGHTS: what is frozen, and the teacher
-    trained: str = "float32"  # a name from WEIGHTS: what trains; where the two differ, products are made by autocast to bf16
+    weights: str = "float32"  # a name from WEIGHTS: frozen weights, and the teacher
+    trained: str = "float32"  # a name from WEIGHTS: trained weights; where the two differ, products are made by autocast to bf16
     supervised: bool = True  # logits at supervised positions only
     compiled: bool = False  # torch.compile of every block
     checkpointing: bool = False  # gradient checkpointing, not reentrant
@@ -161,7 +161,7 @@ MODES = {
 def mixed(
     options: Options,  # switches
 ) -> bool:
-    "Whether what trains and what is frozen have two types, so that autocast makes the products in bf16."
+    "Whether trained and frozen weights have two types, so that autocast makes the products in bf16."
     return options.weights != options.trained
 
 # %% ../../nbs/lib/experiments/50_benchmark.ipynb #a38855b8
@@ -412,9 +412,9 @@ def parsed_options(
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="of what is frozen, and the teacher: bfloat16 on a GPU, float32 on a CPU by default",
+        help="of frozen weights, and the teacher: bfloat16 on a GPU, float32 on a CPU by default",
     )
-    parser.add_argument("--trained", choices=WEIGHTS, default=FAST["trained_weights"], help="of what trains")
+    parser.add_argument("--trained", choices=WEIGHTS, default=FAST["trained_weights"], help="of trained weights")
     parser.add_argument(
         "--supervised-logits", action=argparse.BooleanOptionalAction, default=FAST["supervised_logits"]
     )

@@ -34,7 +34,7 @@ class Plan:
     sizes: Sizes = Sizes()  # of the drawn data
     source: str = ""  # the folder with NLVR, for 'nlvr'
     fresh: int = 3000  # drawings made for 'nlvr' to learn descriptions from
-    vary_parts: bool = False  # train encoder, teachers and language model anew for every seed
+    vary_parts: bool = False  # train encoder, teachers and language model again for every seed
     imports: tuple[str, ...] = ()  # Python files that every training run imports first
 
     def __post_init__(self):
@@ -163,7 +163,7 @@ def limits_of(
     limits = dict(LIMITS)
     if plan.vary_parts:
         limits["one set of parts"] = (
-            "Encoder, teachers and language model were trained anew for every seed, so the intervals cover how "
+            "Encoder, teachers and language model were trained again for every seed, so the intervals cover how "
             "another set would behave."
         )
     if plan.recipe == "nlvr":
@@ -197,7 +197,7 @@ def joined_plan(
     plan: Plan,
     folder: Path,  # the experiment's
 ) -> Plan:
-    """The plan with all arms and seeds that its folder was asked for before. Raises InputError for a
+    """The plan with all arms and seeds that were requested for its folder before. Raises InputError for a
     folder with other settings, or another arm of the same name."""
     if not (folder / "plan.json").is_file():
         return plan
@@ -221,7 +221,7 @@ def plan_record(
     plan: Plan,
     command: str,  # what the user typed
 ) -> dict:
-    "All that a report says of a plan, as plan.json keeps it."
+    "All that a report needs of a plan, as plan.json keeps it."
     steps = plan.settings.get("max_steps", WORLDS[plan.recipe][2]["max_steps"])
     layers = [{**arm.stage2, **plan.settings_for(arm)} for arm in plan.chosen if arm.layers]
     layers = [value for settings in layers for key, value in settings.items() if key.endswith(".layers")]

@@ -152,7 +152,7 @@ class Context:
         return len(decoder_layers(self.student))
 
     def teacher(self, name: str, pixels: str = "own") -> Teacher:
-        "The frozen teacher of this name, on the context's device. Raises InputError where there is none."
+        "The frozen teacher of this name, on the context's device. Raises InputError if there is none."
         teacher = self.open(
             name,
             self.student,
@@ -166,7 +166,7 @@ class Context:
         return teacher
 
     def reseed(self) -> None:
-        """Start the random numbers anew: call it before drawing weights, so that they depend on the seed
+        """Restart the random numbers: call it before drawing weights, so that they depend on the seed
         alone."""
         seed_everything(self.seed)
 
@@ -234,7 +234,7 @@ class Objective(nn.Module):
 
 # %% ../../nbs/lib/objectives/00_base.ipynb #8120e26c
 def setting(
-    default,  # the value, or a type such as list or dict to be made anew
+    default,  # the value, or a type such as list or dict to create a new one
     help: str,  # what it means
     **more,  # tiny=VALUE: what a smoke test uses instead
 ):

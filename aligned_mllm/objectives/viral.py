@@ -108,7 +108,7 @@ def check_pairs(
 # %% ../../nbs/lib/objectives/30_viral.ipynb #840d5783
 @register
 class Viral(Objective):
-    "VIRAL's alignment term over one or several layers: Eq. 4-6 as it stands, Appendix C by `kind`."
+    "VIRAL's alignment term over one or several layers: Eq. 4-6, or Appendix C by `kind`."
 
     name = "viral"
     Settings = ViralSettings

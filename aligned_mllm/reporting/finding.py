@@ -121,7 +121,7 @@ def control_sentence(
     scores: pd.DataFrame,
     contrast: Contrast,
 ) -> str:
-    "What the control does by comparison, and what follows for the cause of the gain."
+    "The control in comparison, and the consequence for the cause of the gain."
     method = style(contrast.method).label
     gain = change_between(scores, contrast.method, contrast.baseline)
     control = change_between(scores, contrast.control, contrast.baseline)

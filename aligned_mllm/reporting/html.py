@@ -37,13 +37,13 @@ def html_plot(
 def html_picture(
     picture: Image.Image,
     width: int,  # in pixels of the page
-    told: str = "picture",  # for those who cannot see it
+    alt: str = "picture",  # for readers who cannot see it
 ) -> str:
     "A picture as HTML that carries its own bytes, as PNG."
     with BytesIO() as stream:
         picture.convert("RGB").save(stream, format="PNG")
         data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" width={width} alt="{escape(told)}">'
+    return f'<img src="data:image/png;base64,{data}" width={width} alt="{escape(alt)}">'
 
 # %% ../../nbs/lib/reporting/00_html.ipynb #c791489d
 CSS = """

@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from ..analysis.image_attention import image_attention_figure, image_attention_table
-from ..analysis.cknna import cknna_table, cknna_table_figure
+from ..analysis.cknna_tables import cknna_table, cknna_table_figure
 from ..analysis.convergence import convergence_figure, read_run_curves
 from ..analysis.entropy import spatial_entropy_figure, spatial_entropy_table
 from ..analysis.knockout import knockout_figure, knockout_table
@@ -41,7 +41,7 @@ class Case:
     models: list[LoadedModel]  # their models, in the same order
     records: Records  # the questions
     pictures: list[Image.Image]  # I different images of these records
-    layer: int | None = None  # the aligned layer, to be marked; None where there is none, or several
+    layer: int | None = None  # the aligned layer, to be marked; None if there is none, or several
     teachers: dict[str, Teacher] = field(default_factory=dict)  # references beside the model's own encoder
 
     @property
@@ -71,7 +71,7 @@ def case_of(
     runs: Sequence[str | Path],  # one to three finished run folders
     output: str | Path,  # the folder of the page: the questions are written there
     data: str | Path = "",  # data folder; by default the one the first run was trained on
-    records: str = "test.jsonl",  # what is asked, below data
+    records: str = "test.jsonl",  # the questions, below data
     questions: int = 300,  # how many of them
     pictures: int = 60,  # how many different pictures
 ) -> Case:
@@ -210,7 +210,7 @@ MEASURES["entropy"] = Measure(
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #ed684d0c
 MEASURES["permutation"] = Measure(
     "Permutation test",
-    "What is lost when visual tokens are shuffled before the projector: whether it matters where in the image a token "
+    "Accuracy lost when visual tokens are shuffled before the projector: whether it matters where in the image a token "
     "stands. A model that answers more questions of place correctly has more to lose.",
     lambda case: permutation_test(case.models, case.records),
     lambda case, table: [permutation_figure(table)],

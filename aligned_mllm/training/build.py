@@ -108,7 +108,7 @@ def student_of(
 # %% ../../nbs/lib/training/50_build.ipynb #e7f0c200
 def cast_trained_weights(
     model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT, with its frozen parts frozen
-    dtype: torch.dtype,  # of what trains, from now on
+    dtype: torch.dtype,  # of the trained weights, from now on
 ) -> None:
     "Weights that train in a type of their own, in place."
     for module in model.modules():
@@ -129,7 +129,7 @@ def compile_layers(
 
 # %% ../../nbs/lib/training/50_build.ipynb #bfe78169
 def require_compiler() -> None:
-    """Raises InputError where torch.compile would find no compiler (C++ on a CPU; Triton, on a GPU, needs
+    """Raises InputError if torch.compile would find no compiler (C++ on a CPU; Triton, on a GPU, needs
     one of C)."""
     if not any(
         shutil.which(name)

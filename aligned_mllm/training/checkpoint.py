@@ -93,7 +93,7 @@ def load_aligned(
     model: AlignedModel,  # whose weights are replaced
     folder: Path,  # as written by `save_aligned`
 ) -> None:
-    "Put a checkpoint's weights, the objectives' included, into a model of the same make."
+    "Put a checkpoint's weights, the objectives' included, into a model built the same way."
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -115,7 +115,7 @@ def export_objectives(
     settings: dict[str, dict],  # label to the settings of its objective
     state: dict | None = None,  # all weights by name, where processes share them
 ) -> None:
-    "Write weights and settings of the objectives that belong to the model; nothing where there are none."
+    "Write weights and settings of the objectives that belong to the model; nothing if there are none."
     labels = [label for label, objective in model.objectives.items() if objective.in_model]
     if labels:
         save_objectives(model, Path(folder) / OBJECTIVES_FILE, state, labels)
@@ -126,7 +126,7 @@ def exported_objectives(
     folder: str | Path,  # of an exported model
     context: Context,  # with that model as its student
 ) -> list[Objective]:
-    "The objectives that were exported with a model, with their weights; an empty list where there are none."
+    "The objectives that were exported with a model, with their weights; an empty list if there are none."
     from safetensors.torch import load_file
 
     folder = Path(folder)

@@ -39,7 +39,7 @@ class AlignConfig(TrainingArguments):
     )
     parts: str = setting("", "folder with embedded parts; the repository's own by default")
     words_from: list[str] = setting(
-        list, "record files, below data, whose words an embedded model learns anew"
+        list, "record files, below data, whose words an embedded model learns"
     )
     vision_tower: str = setting("", "for 'composed': a folder or hub id of a vision encoder")
     language_model: str = setting("", "for 'composed': a folder or hub id of a causal language model")
@@ -51,7 +51,7 @@ class AlignConfig(TrainingArguments):
     evaluation_records: str = setting("", "records evaluated every eval_steps, below data; none by default")
     first_records: int = setting(0, "use only so many records; 0 uses all")
     broken_records: str = setting(
-        "raise", "'raise', or 'leave_out': go on without them; left_out.csv lists them"
+        "raise", "'raise', or 'leave_out': continue without them; left_out.csv lists them"
     )
     with_images: bool = setting(True, "false trains a blind model")
     max_length: int = setting(0, "longest sample in tokens; 0 for no limit")

@@ -171,7 +171,7 @@ def dry_run(
     config: AlignConfig,  # from `configured`
     settings: dict | None = None,  # what differs from the recipe
 ) -> dict[str, dict]:
-    """What a run would do, in sections: what trains, a sample, steps, memory, each objective, settings.
+    """What a run would do, in sections: trained parameters, a sample, steps, memory, each objective, settings.
     Raises InputError."""
     student = student_shape(config)
     text = student.config.get_text_config()
@@ -229,7 +229,7 @@ def trained_parts(
 # %% ../../nbs/lib/training/70_dry_run.ipynb #5961a6b2
 def smoke_test_runs(
     name: str,  # a recipe of published parts
-    output: str | Path,  # run folder; data, parts and stage 1 lie beside it in OUTPUT_tiny
+    output: str | Path,  # run folder; data, parts and stage 1 are next to it in OUTPUT_tiny
     settings: dict | None = None,  # what differs from the tiny recipe
 ) -> list[tuple[str, Path, Path, dict]]:
     """The runs of a recipe in small, stage 1 first: (recipe, data, run folder, settings) each. Writes the

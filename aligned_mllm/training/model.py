@@ -63,7 +63,7 @@ class AlignedModel(nn.Module):
         self.objectives = nn.ModuleDict(dict(zip(labels, objectives)))
         self.supervised_logits = supervised_logits and takes_positions(student)
         self.use_cache = use_cache
-        self.blank_images = False  # whether a batch without images runs the vision tower all the same
+        self.blank_images = False  # whether a batch without images still runs the vision tower
 
     def forward(self, batch: dict) -> dict:
         """`terms`: the terms of a batch with `targets` (see `with_targets`); none for a batch without.

@@ -286,7 +286,7 @@ def finish(
 # %% ../../nbs/lib/training/80_run.ipynb #bedd7774
 def smoke_test(
     name: str,  # a recipe of published parts
-    output: str | Path,  # run folder; data, parts and stage 1 lie beside it in OUTPUT_tiny
+    output: str | Path,  # run folder; data, parts and stage 1 are next to it in OUTPUT_tiny
     settings: dict | None = None,  # what differs from the tiny recipe
 ) -> Path:
     """Both stages of a recipe with tiny random parts and drawn data, offline. Returns the run folder. Raises

@@ -35,8 +35,8 @@ def split_by_directory(
     statements: Collection[Statement],  # all of one file
     held_out: Collection[str],  # names of directories
 ) -> tuple[list[Statement], list[Statement]]:
-    """(training, held out), without a common directory, sentence or drawing; raises InputError where that
-    is impossible."""
+    """(training, held out), without a common directory, sentence or drawing; raises InputError if that is
+    impossible."""
     directories = {statement.directory for statement in statements}
     wanted = {str(name) for name in held_out}
     if not wanted or not wanted < directories:
@@ -47,7 +47,7 @@ def split_by_directory(
     numbers = [{statement.identifier.split("-")[0] for statement in part} for part in (training, held)]
     common = numbers[0] & numbers[1]
     if common:
-        fault = f"sentence {min(common)} lies in several directories"
+        fault = f"sentence {min(common)} is in several directories"
         expected = "one directory for all drawings of a sentence"
         raise InputError(fault, expected, "restore the file from its repository")
     return without_drawings_of(training, held), held

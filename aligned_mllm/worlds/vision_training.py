@@ -40,7 +40,7 @@ def scaled_pixels(
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #3f31cd02
 def fit(
-    modules: list[nn.Module],  # what is trained
+    modules: list[nn.Module],  # to be trained
     loss_of: Callable[[], Tensor],  # samples a batch and returns its loss
     steps: int,
     rate: float,  # peak learning rate
