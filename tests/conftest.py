@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import aligned_mllm.experiments.recipes  # noqa: F401  registers the recipes of the small worlds
 from aligned_mllm.core import data_folder
 from aligned_mllm.worlds.scene_data import Sizes, write_scenes
 

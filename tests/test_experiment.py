@@ -221,7 +221,7 @@ def test_the_report_in_a_browser(quick):
 def test_cknna_opens_pictures_and_runs_each_teacher_once_a_seed(quick, tmp_path, monkeypatch):
     folder = shutil.copytree(quick, tmp_path / "copy")
     asked = []
-    tables = {path: path.read_bytes() for path in folder.glob("seed0/*/cknna_*.csv")}
+    files = {path: path.read_bytes() for path in folder.glob("seed0/*/cknna_*.csv")}
     for name in ("open_image", "reference_features"):
         plain = getattr(tables, name)
         monkeypatch.setattr(
@@ -231,11 +231,11 @@ def test_cknna_opens_pictures_and_runs_each_teacher_once_a_seed(quick, tmp_path,
                 asked.append(getattr(first, "name", "picture")) or plain(first, *rest)
             ),
         )
-    for path in tables:
+    for path in files:
         path.unlink()
     found = tables.read_cknna(Plan(**QUICK), folder)
     assert {name: asked.count(name) for name in set(asked)} == {"picture": 40, "encoder": 1, "dense": 1}
-    assert len(tables) == 3 and all(path.read_bytes() == before for path, before in tables.items())
+    assert len(files) == 3 and all(path.read_bytes() == before for path, before in files.items())
     pd.testing.assert_frame_equal(found.reset_index(drop=True), pd.read_csv(folder / "cknna.csv"))
 
 

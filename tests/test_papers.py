@@ -174,7 +174,7 @@ def test_the_command_says_it_without_touching_anything(tmp_path, monkeypatch, ca
     assert "trained 8,320" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
     assert main(["--recipe", "viral_table3_layer28", "--dry-run", "--set", "viral.layers=[33]"]) == 2
     assert main(["--recipe", "viral_table2_sam", "--dry-run", "--set", "viral.teacher=nobody/nothing"]) == 2
-    assert "shape of 'nobody/nothing'" in capsys.readouterr().err
+    assert "no configuration of 'nobody/nothing'" in capsys.readouterr().err
 
 
 def test_words_are_counted_where_the_records_are(tiny_world):
