@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,24 +23,35 @@ from PIL import Image
 from tiny_models import FAMILIES, tiny
 
 from aligned_mllm.apps import serve as apps
-from aligned_mllm.apps import widgets
 from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError, save_json
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
 from aligned_mllm.worlds.scene_data import Sizes, write_scenes
 from aligned_mllm.worlds.small_models import embedded_model
-from aligned_mllm.apps.widgets import (
+from aligned_mllm.analysis.lens import logit_lens, readable_tokens
+from aligned_mllm.apps.answers import (
+    PatchWords,
+    SelectedAttention,
+    Token,
+    ask,
+    token_attention,
+    unknown_words,
+)
+from aligned_mllm.apps.ask import Ask
+from aligned_mllm.apps.compare import ALL_TYPES, Compare, both_answers, differing_answers
+from aligned_mllm.apps.drawing import overlay_figure, patch_frame, patch_html
+from aligned_mllm.apps.panels import Pair, Panel, Work, checkpoint_choice
+from aligned_mllm.apps.session import (
     EMBEDDED,
-    Ask,
-    Compare,
-    Known,
-    Look,
+    KnownQuestion,
     Picture,
     Session,
-    Spoken,
-    Token,
-    Work,
+    data_folder_of,
+    drawn_scene,
+    initial_runs,
+    record_picture,
+    uploaded_picture,
 )
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -87,65 +99,66 @@ def session(runs) -> Session:
 
 
 @pytest.fixture(scope="module")
-def asked(session):
-    return widgets.ask(
-        session.checkpoint("toy/first"), widgets.drawn(3), "count red circle", max_new_tokens=4
-    )
+def answer(session):
+    return ask(session.checkpoint("toy/first"), drawn_scene(3), "count red circle", max_new_tokens=4)
 
 
 # results
 
 
-def test_probabilities_are_those_of_a_plain_pass(session, asked):
+def test_probabilities_are_those_of_a_plain_pass(session, answer):
     model = session.checkpoint("toy/first").model
     with torch.no_grad():
-        logits = model(**model_inputs(asked.batch), use_cache=False).logits[0].float()
-    for place, token in enumerate(asked.tokens):
-        expected = logits[asked.prompt + place - 1].softmax(-1)
+        logits = model(**model_inputs(answer.batch), use_cache=False).logits[0].float()
+    for place, token in enumerate(answer.tokens):
+        expected = logits[answer.prompt + place - 1].softmax(-1)
         assert token.id == int(expected.argmax()) and token.probability == pytest.approx(
             float(expected.max()), abs=1e-4
         )
-    assert asked.batch["input_ids"][0, asked.prompt :].tolist() == [token.id for token in asked.tokens]
+    assert answer.batch["input_ids"][0, answer.prompt :].tolist() == [token.id for token in answer.tokens]
 
 
-def test_where_a_token_looked_is_eagers_row_of_the_position_before_it(session, asked):
+def test_token_attention_is_eagers_row_of_the_position_before_it(session, answer):
     loaded = session.checkpoint("toy/first")
     loaded.model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = loaded.model(
-            **model_inputs(asked.batch), output_attentions=True, use_cache=False
+            **model_inputs(answer.batch), output_attentions=True, use_cache=False
         ).attentions
     loaded.model.set_attn_implementation("sdpa")
     for index in (0, 2):
         expected = torch.stack(
-            [layer[0, :, asked.prompt + index - 1][:, asked.batch["visual_mask"][0]] for layer in attentions]
+            [
+                layer[0, :, answer.prompt + index - 1][:, answer.batch["visual_mask"][0]]
+                for layer in attentions
+            ]
         )
-        weights = widgets.looked(loaded, asked, index)
+        weights = token_attention(loaded, answer, index)
         assert torch.allclose(weights, expected, atol=1e-4)
-    look = Look(asked.tokens[2], weights, layer=2, head=3)
-    assert np.allclose(look.percent(asked.views[0]), 100 * expected[1, 2].reshape(5, 5), atol=0.01)
+    selected = SelectedAttention(answer.tokens[2], weights, layer=2, head=3)
+    assert np.allclose(selected.percent(answer.views[0]), 100 * expected[1, 2].reshape(5, 5), atol=0.01)
     assert np.allclose(
-        Look(asked.tokens[2], weights, layer=2).percent(asked.views[0]),
+        SelectedAttention(answer.tokens[2], weights, layer=2).percent(answer.views[0]),
         100 * expected[1].mean(0).reshape(5, 5),
         atol=0.01,
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_asked_and_looked_at(family):
+def test_every_family_answers_and_shows_its_attention(family):
     loaded = LoadedModel(family, *tiny(family))
     picture = Picture(
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)), "noise"
     )
     heard = []
-    asked = widgets.ask(loaded, picture, "what is here ?", heard.append, max_new_tokens=2)
-    visual = int(asked.batch["visual_mask"].sum())
-    weights = widgets.looked(loaded, asked, len(heard) - 1)
-    assert tuple(heard) == asked.tokens and weights.shape[-1] == visual == sum(
-        rows * columns for _, rows, columns, _ in asked.views
+    answer = ask(loaded, picture, "what is here ?", heard.append, max_new_tokens=2)
+    visual = int(answer.batch["visual_mask"].sum())
+    weights = token_attention(loaded, answer, len(heard) - 1)
+    assert tuple(heard) == answer.tokens and weights.shape[-1] == visual == sum(
+        rows * columns for _, rows, columns, _ in answer.views
     )
-    figure = widgets.overlay_figure(picture.image, asked.views[-1], Look(heard[-1], weights))
-    assert figure.data[0].z.shape == asked.views[-1][1:3]
+    figure = overlay_figure(picture.image, answer.views[-1], SelectedAttention(heard[-1], weights))
+    assert np.shape(figure.data[0].z) == answer.views[-1][1:3]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,21 +169,19 @@ def test_what_the_lens_does_not_show_is_the_rest_of_its_distribution(family):
         "what is here ?",
     )
     tokenizer = loaded.processor.tokenizer
-    words = int(
-        widgets.readable_tokens(tokenizer, loaded.model.get_output_embeddings().weight.shape[0]).sum()
-    )
-    lens = widgets.logit_lens(loaded, batch, layers=[0, 1], top=words)  # every word that can be shown
+    words = int(readable_tokens(tokenizer, loaded.model.get_output_embeddings().weight.shape[0]).sum())
+    lens = logit_lens(loaded, batch, layers=[0, 1], top=words)  # every word that can be shown
     expected = 1 - lens.groupby(["layer", "patch"]).probability.sum().to_numpy().reshape(2, -1)
-    found = widgets.special_share(loaded, batch)
+    found = PatchWords.of(loaded, SimpleNamespace(batch=batch)).unreadable
     assert np.allclose(found[:2].numpy(), expected, atol=1e-3) and 0 < found.mean() < 1
 
 
-def test_special_tokens_that_hold_the_probability_are_said():
+def test_the_share_of_special_tokens_is_shown():
     words = pd.DataFrame([(0, 1, "red", 0.5)], columns=["patch", "rank", "token", "cosine"])
     lens = pd.DataFrame(
         [(0, 0, 1, "red", 0.0125)], columns=["layer", "patch", "rank", "token", "probability"]
     )
-    page = widgets.spoken_html(Spoken(words, lens, torch.tensor([[0.98]])), 0, [(0, 1, 1, ())])
+    page = patch_html(PatchWords(words, lens, torch.tensor([[0.98]])), 0, [(0, 1, 1, ())])
     assert (
         "not shown: special tokens" in page
         and page.count("98%") == 1
@@ -187,63 +198,60 @@ def test_unknown_words_are_named(session):
         if tokenizer.convert_tokens_to_ids(word) == tokenizer.unk_token_id
     ]
     assert {"weather", "Paris"} <= set(expected) and not {"red", "circle"} & set(expected)
-    assert (
-        widgets.unknown_words(tokenizer, asked) == expected
-        and widgets.unknown_words(tokenizer, "count red circle") == []
-    )
-    assert widgets.unknown_words(SimpleNamespace(unk_token_id=None), asked) == []
-    pair = widgets.Pair(session, Work(lambda: []))
-    widgets.ask_pair(pair, ["toy/first", EMBEDDED], widgets.drawn(1), "where weather circle")
+    assert unknown_words(tokenizer, asked) == expected and unknown_words(tokenizer, "count red circle") == []
+    assert unknown_words(SimpleNamespace(unk_token_id=None), asked) == []
+    pair = Pair(session, Work(lambda: []))
+    pair.ask(["toy/first", EMBEDDED], drawn_scene(1), "where weather circle")
     assert all("unknown to this model: weather<" in panel.unknown.value for panel in pair.panels)
-    widgets.ask_pair(pair, ["toy/first"], widgets.drawn(1), "where red circle")
+    pair.ask(["toy/first"], drawn_scene(1), "where red circle")
     assert pair.panels[0].unknown.value == ""
 
 
-def test_the_first_choice_is_a_plain_and_an_aligned_run():
+def test_the_first_choice_is_a_plain_and_an_aligned_run(tmp_path):
     kinds = ("blind", "other_image", "plain", "stage1", "viral")
     runs = [f"scenes_quick/seed{seed}/{kind}" for seed in range(2) for kind in kinds]
-    assert widgets.first_two([*runs, EMBEDDED]) == ["scenes_quick/seed0/plain", "scenes_quick/seed0/viral"]
-    assert widgets.first_two([name for name in [*runs, EMBEDDED] if name != runs[4]]) == [
-        "scenes_quick/seed0/plain",
-        "scenes_quick/seed1/viral",
-    ]
-    assert widgets.first_two(["blind", "one", "two", EMBEDDED]) == ["one", "two"] and widgets.first_two(
-        ["blind", "viral"]
-    ) == ["viral", "blind"]
-    chosen = SimpleNamespace(names=[*runs, EMBEDDED])
-    assert [
-        widgets.checkpoint_choice(chosen, "run", place=place).value for place in (0, 1)
-    ] == widgets.first_two(chosen.names)
+
+    def session(place: str, names: list[str], aligned: str = "viral") -> Session:
+        for name in names:
+            save_json({}, tmp_path / place / name / "model" / "config.json")
+            save_json({}, tmp_path / place / name / "done.json")
+            layers = {"teacher": "dense", "layers": [3]} if name.endswith(aligned) else {"layers": []}
+            save_json({"alignment": layers}, tmp_path / place / name / "objectives.json")
+        return Session(tmp_path / place)
+
+    both = session("all", runs)
+    assert initial_runs(both) == ["scenes_quick/seed0/plain", "scenes_quick/seed0/viral"]
+    assert [checkpoint_choice(both, "run", place=place).value for place in (0, 1)] == initial_runs(both)
+    assert initial_runs(session("renamed", runs, "stage1"))[1] == "scenes_quick/seed0/stage1"
+    fewer = session("fewer", [name for name in runs if name != runs[4]])
+    assert initial_runs(fewer) == ["scenes_quick/seed0/plain", "scenes_quick/seed1/viral"]
+    assert initial_runs(session("unaligned", ["blind", "one", "two"])) == ["one", "two"]
+    assert initial_runs(session("blind", ["blind", "viral"])) == ["viral", EMBEDDED]  # blind ones last
 
 
 def test_a_patch_is_drawn_where_its_view_lies():
-    view = (
-        4,
-        2,
-        3,
-        (0.25, 0.5, 1.0, 1.0),
-    )  # four tokens before it, 2 x 3 patches of the picture's lower right
-    (frame,) = widgets.patch_frame(Image.new("RGB", (80, 40)), view, 4 + 5)
+    view = (4, 2, 3, (0.25, 0.5, 1.0, 1.0))  # four tokens before it, 2 x 3 patches at the lower right
+    (frame,) = patch_frame(Image.new("RGB", (80, 40)), view, 4 + 5)
     assert [frame[name] for name in ("x0", "x1", "y0", "y1")] == [60, 80, 30, 40]
     assert (
-        widgets.patch_frame(Image.new("RGB", (80, 40)), view, 3)
+        patch_frame(Image.new("RGB", (80, 40)), view, 3)
         == []
-        == widgets.patch_frame(Image.new("RGB", (80, 40)), view, 10)
+        == patch_frame(Image.new("RGB", (80, 40)), view, 10)
     )
 
 
 def test_differing_answers_are_counted_as_by_hand(session, runs):
-    answers = widgets.both_answers(session, ["toy/first", "toy/second"])
+    answers = both_answers(session, ["toy/first", "toy/second"])
     lines = [
         [json.loads(line) for line in (runs / name / "answers.jsonl").read_text().splitlines()]
         for name in ("toy/first", "toy/second")
     ]
-    for category in (widgets.EVERY, "count", "where"):
-        table, said = widgets.differing(answers, category)
+    for category in (ALL_TYPES, "count", "where"):
+        table, said = differing_answers(answers, category)
         expected = [
             index
             for index, (one, two) in enumerate(zip(*lines))
-            if one["answer"] != two["answer"] and category in (widgets.EVERY, one["category"])
+            if one["answer"] != two["answer"] and category in (ALL_TYPES, one["category"])
         ]
         assert (
             table.record.tolist() == expected
@@ -257,7 +265,7 @@ def test_answers_to_other_questions_are_refused(runs, tmp_path):
     lines = (copy / "toy" / "second" / "answers.jsonl").read_text().splitlines()
     (copy / "toy" / "second" / "answers.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(InputError, match="different questions"):
-        widgets.both_answers(Session(copy), ["toy/first", "toy/second"])
+        both_answers(Session(copy), ["toy/first", "toy/second"])
 
 
 # refusals
@@ -276,7 +284,7 @@ def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
     session = Session(copy)
     assert session.names == ["toy/first", "toy/second", EMBEDDED]
     for name in ("../outside/run", str(outside), "linked", EMBEDDED):
-        with pytest.raises(InputError, match="no run in"):
+        with pytest.raises(InputError, match="not a run in"):
             session.records(name)
     for name in ("toy/first", "toy/second"):
         with pytest.raises(InputError, match="leads out of"):
@@ -286,7 +294,7 @@ def test_nothing_outside_the_folder_of_runs(runs, tmp_path):
     lines[0]["image"] = "../../outside/run/model/config.json"
     (copy / "data" / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match="leads out of"):
-        widgets.recorded(session.records("toy/first"), 0)
+        record_picture(session.records("toy/first"), 0)
 
 
 @pytest.mark.parametrize("served", ["runs", "runs/toy"])
@@ -298,8 +306,7 @@ def test_data_are_found_from_whichever_folder_is_served(runs, tmp_path, monkeypa
     session = Session(tmp_path / served)
     name = "toy/first" if served == "runs" else "first"
     assert (
-        session.records(name).image_folder == copy / "data"
-        and widgets.recorded(session.records(name), 0).known
+        session.records(name).image_folder == copy / "data" and record_picture(session.records(name), 0).known
     )
 
 
@@ -312,11 +319,11 @@ def test_data_named_in_other_ways(runs, tmp_path, monkeypatch):
         ("./runs/../runs/data", runs / "data"),
     ):
         save_json({"data": name}, run / "config.json")
-        assert widgets.data_of(run) == expected
+        assert data_folder_of(run) == expected
     for config in ({}, {"data": "runs/nowhere"}, {"data": str(tmp_path / "nowhere")}):
         save_json(config, run / "config.json")
         with pytest.raises(InputError, match="no (data )?folder"):
-            widgets.data_of(run)
+            data_folder_of(run)
 
 
 def test_uploads_pass_the_check_of_every_picture():
@@ -325,35 +332,31 @@ def test_uploads_pass_the_check_of_every_picture():
         Image.new("RGB", size).save(content, kind, **settings)
         return content.getvalue()
 
-    assert widgets.uploaded("good.png", file("PNG")).image.size == (6, 4)
+    assert uploaded_picture("good.png", file("PNG")).image.size == (6, 4)
     for content, words in (
-        (b"", "not in a format"),
-        (b"<svg/>", "not in a format"),
+        (b"", "not in a supported format"),
+        (b"<svg/>", "not in a supported format"),
         (file("PNG")[:40], "good.png"),
-        (file("ICO"), "not in a format"),
+        (file("ICO"), "not in a supported format"),
         (file("PNG", (6000, 5000)), "the limit is"),
         (bytes(11 * 2**20), "at most 10 MiB"),
     ):
         with pytest.raises(InputError) as caught:
-            widgets.uploaded("good.png", content)
+            uploaded_picture("good.png", content)
         assert words in str(caught.value) and "/tmp" not in str(caught.value)
 
 
-def test_no_text_of_a_model_or_a_file_is_read_as_a_page(session, asked):
+def test_no_text_of_a_model_or_a_file_is_read_as_a_page(session, answer):
     words = pd.DataFrame([(0, 1, HOSTILE, 0.5)], columns=["patch", "rank", "token", "cosine"])
     lens = pd.DataFrame([(0, 0, 1, HOSTILE, 0.5)], columns=["layer", "patch", "rank", "token", "probability"])
-    panel = widgets.Panel(print, print)
+    panel = Panel(print, print)
     panel.begin(HOSTILE, HOSTILE)
-    widgets.show_answer(
-        SimpleNamespace(finish=print, unknown=panel.unknown),
-        session.checkpoint("toy/first"),
-        SimpleNamespace(question=HOSTILE),
-    )
+    panel.finish(session.checkpoint("toy/first"), replace(answer, question=HOSTILE))
     work = Work(lambda: [])
-    work.say(HOSTILE)
-    title = Look(Token(1, HOSTILE, 0.5), torch.ones(1, 1, 1)).title
+    work.show(HOSTILE)
+    title = SelectedAttention(Token(1, HOSTILE, 0.5), torch.ones(1, 1, 1)).title
     for page in (
-        widgets.spoken_html(Spoken(words, lens, torch.zeros(1, 1)), 0, [(0, 1, 1, ())]),
+        patch_html(PatchWords(words, lens, torch.zeros(1, 1)), 0, [(0, 1, 1, ())]),
         panel.heading.value,
         work.message.value,
         title,
@@ -375,14 +378,14 @@ def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeyp
     app.button.click()
     app.work.thread.join()
     first, second = app.pair.panels
-    assert "RuntimeError: out of memory, say" in app.work.message.value and first.asked and not second.asked
+    assert "RuntimeError: out of memory, say" in app.work.message.value and first.answer and not second.answer
     assert not any(control.disabled for control in app.controls()) and len(app.pair.buttons()) == len(
-        first.asked.tokens
+        first.answer.tokens
     )
     monkeypatch.undo()
     app.button.click()
     app.work.thread.join()
-    assert second.asked and "Click a token" in app.work.message.value
+    assert second.answer and "Click a token" in app.work.message.value
 
 
 def test_controls_are_disabled_while_something_goes_on():
@@ -416,7 +419,7 @@ def test_a_picture_of_a_runs_data_brings_its_questions(session):
     app.picker.source.value = "run"
     app.work.thread.join()
     expected = session.records("toy/first")[0].turns[0]
-    assert app.picker.chosen.known == (Known(app.question.value, expected.answer, expected.category),)
+    assert app.picker.chosen.known == (KnownQuestion(app.question.value, expected.answer, expected.category),)
 
 
 def test_applications_are_stored_small_and_without_outputs():
@@ -515,7 +518,8 @@ class Window:
     def says(self, words: str) -> None:
         "Wait until the widget's message has these words."
         self.page.wait_for_function(
-            "words => [...document.querySelectorAll('.aligned-message')].some(e => e.textContent.includes(words))",
+            "words => [...document.querySelectorAll('.aligned-message')]"
+            ".some(e => e.textContent.includes(words))",
             arg=words,
         )
 
@@ -545,12 +549,18 @@ class Window:
         "Press a key on the layer slider; milliseconds until the first panel's figure has been drawn again."
         self.page.locator(".widget-slider .noUi-handle").first.focus()
         self.page.evaluate("""() => {
-            const drawn = () => JSON.stringify(document.querySelector('.aligned-panel .js-plotly-plot')?.calcdata?.[0]?.[0]?.z ?? null), before = drawn();
+            const plot = '.aligned-panel .js-plotly-plot';
+            const drawn = () => JSON.stringify(document.querySelector(plot)?.calcdata?.[0]?.[0]?.z ?? null);
+            const before = drawn();
             window.redrawn = new Promise(resolve => window.addEventListener('keydown', () => {
                 const start = performance.now();
-                const look = () => ![before, 'null'].includes(drawn()) ? requestAnimationFrame(() => resolve(performance.now() - start))
-                                   : performance.now() - start < 10000 ? setTimeout(look, 2) : resolve(Infinity);
-                look();
+                const passed = () => performance.now() - start;
+                const check = () => {
+                    if (![before, 'null'].includes(drawn())) requestAnimationFrame(() => resolve(passed()));
+                    else if (passed() < 10000) setTimeout(check, 2);
+                    else resolve(Infinity);
+                };
+                check();
             }, {capture: true, once: true}));
         }""")
         self.page.keyboard.press(key)
@@ -576,13 +586,14 @@ def use_ask(window: Window, timings: dict) -> None:
     assert "click a token" in window.panel(0).text_content() and set(json.loads(window.drawn(0))[0]) == {0}
     window.panel(0).locator(".aligned-token").first.click()
     page.wait_for_function(
-        "() => document.querySelector('.aligned-panel').textContent.includes('looked, in layer 1, mean of heads')"
+        "() => document.querySelector('.aligned-panel')"
+        ".textContent.includes('attention in layer 1, mean of heads')"
     )
     before = window.drawn(0)
     assert np.array(json.loads(before)).shape == (5, 5) and np.array(json.loads(before)).sum() > 0
-    keep(page, f"{window.name}_2_looked")
+    keep(page, f"{window.name}_2_attention")
     timings["slider_ms"] = [round(window.slide(key)) for key in ["ArrowRight"] * 5 + ["ArrowLeft"] * 3]
-    assert "looked, in layer 3" in window.panel(0).text_content() and window.drawn(0) != before
+    assert "attention in layer 3" in window.panel(0).text_content() and window.drawn(0) != before
     picture = window.panel(0).locator(".nsewdrag")
     box = picture.bounding_box()
     place = {"x": 0.3 * box["width"], "y": 0.5 * box["height"]}
@@ -669,7 +680,7 @@ def test_compare_as_an_application(browser, voila, session):
         window.page.goto(f"{voila}/voila/render/compare.ipynb?token=only-here")
         window.says("Choose a question")
         lines = window.page.locator(".widget-select option").count()
-        table, said = widgets.differing(widgets.both_answers(session, ["toy/first", "toy/second"]))
+        table, said = differing_answers(both_answers(session, ["toy/first", "toy/second"]))
         assert lines == len(table) and said in window.page.text_content("body")
         window.choose("type", "count")
         window.page.wait_for_function(
@@ -678,12 +689,14 @@ def test_compare_as_an_application(browser, voila, session):
         window.press("Look inside")
         window.says("the sliders move both")
         window.page.wait_for_function(
-            "() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 1'))"
+            "() => [...document.querySelectorAll('.aligned-panel')]"
+            ".every(e => e.textContent.includes('attention in layer 1'))"
         )
         before = [window.drawn(0), window.drawn(1)]
         window.slide("ArrowRight")
         window.page.wait_for_function(
-            "() => [...document.querySelectorAll('.aligned-panel')].every(e => e.textContent.includes('looked, in layer 2'))"
+            "() => [...document.querySelectorAll('.aligned-panel')]"
+            ".every(e => e.textContent.includes('attention in layer 2'))"
         )
         assert window.drawn(0) != before[0] and window.drawn(1) != before[1]
         keep(window.page, "compare_1")
