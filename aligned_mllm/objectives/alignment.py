@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SCHEDULES', 'minus_cosine', 'self_similarity', 'counted_tokens', 'relation_error', 'spatially_normalised',
-           'scheduled_weight']
+           'check_pairs', 'Comparison', 'scheduled_weight']
 
 # %% ../../nbs/lib/objectives/20_alignment.ipynb #79c516ea
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..core import InputError
+from ..models.heads import projected
 
 # %% ../../nbs/lib/objectives/20_alignment.ipynb #0d951293
 def minus_cosine(
@@ -83,6 +85,67 @@ def spatially_normalised(
         centred = view - gamma * view.mean(0, keepdim=True)
         views.append(centred / (view.std(0, keepdim=True, correction=min(1, len(view) - 1)) + epsilon))
     return torch.cat(views)
+
+# %% ../../nbs/lib/objectives/20_alignment.ipynb #aaa16b2a
+def check_pairs(
+    layer: int,  # where the states are from, for the message
+    student: Tensor,  # (V, D), projected or raw
+    targets: Tensor,  # (V, teacher's D)
+    keep: Tensor | None,  # (V,) bool
+    same_width: bool = True,  # False: only the number of tokens must agree
+) -> None:
+    "Raises InputError unless each visual token has one target, of the same width, and one entry of `keep`."
+    if len(student) != len(targets) or (same_width and student.shape != targets.shape):
+        raise InputError(
+            f"{tuple(student.shape)} student and {tuple(targets.shape)} target features at layer {layer}",
+            "one target for each visual token",
+            "check that both cover the same images on the same grid",
+        )
+    if keep is not None and (keep.shape != targets.shape[:1] or keep.dtype != torch.bool):
+        raise InputError(
+            f"a mask of shape {tuple(keep.shape)} and type {keep.dtype}",
+            f"({len(targets)},) and bool",
+            "pass one entry for each visual token",
+        )
+
+# %% ../../nbs/lib/objectives/20_alignment.ipynb #33257a29
+@dataclass(frozen=True)
+class Comparison:
+    "How the states of some layers are compared with targets."
+
+    layers: tuple[int, ...]  # 0 is the LLM's input, k the output of block k
+    kind: str = "cosine"  # one of KINDS
+    spatial_norm: float = 0.0  # gamma of `spatially_normalised`; 0 for none
+    with_grids: bool = False  # whether the projector needs whole grids, as a convolution does
+
+    def total(
+        self,
+        projector: nn.Module,  # from `alignment_projectors`, or nn.Identity
+        states: dict[int, Tensor],  # layer to (V, D)
+        targets: Tensor,  # (V, teacher's D), or (I, N, teacher's D)
+        keep: Tensor | None = None,  # (V,) bool, False: shows only padding, not counted
+        grids: Tensor | None = None,  # (W, 2), rows and columns of each view; some settings need them
+    ) -> tuple[Tensor, int]:
+        "(total over counted tokens, averaged over layers; counted tokens). Raises InputError on a mismatch."
+        targets = targets.flatten(0, -2).detach()
+        first = self.layers[0]
+        check_pairs(first, states[first], targets, keep, same_width=False)
+        rows = slice(None) if keep is None or keep.all() else keep.to(targets.device).nonzero()[:, 0]
+        wanted = targets[rows].float()
+        sizes = None
+        if self.kind != "cosine" or self.spatial_norm:
+            sizes = counted_tokens(len(targets), grids, keep)
+        if self.spatial_norm:
+            wanted = spatially_normalised(wanted, sizes, self.spatial_norm)
+        total = 0
+        for layer in self.layers:
+            if self.with_grids:
+                student = projected(projector, layer, states[layer], grids)[rows]
+            else:
+                student = projected(projector, layer, states[layer][rows])  # counted tokens only
+            check_pairs(layer, student, wanted, None, same_width=self.kind != "relation")
+            total = total + KINDS[self.kind](student.float(), wanted, sizes)
+        return total / len(self.layers), len(wanted)
 
 # %% ../../nbs/lib/objectives/20_alignment.ipynb #b822df98
 SCHEDULES = ("constant", "linear", "cosine", "warmup")  # of lambda: none, two decays to 0, a rise from 0

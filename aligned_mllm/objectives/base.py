@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core import InputError, seed_everything
 from ..data.encode import IGNORED
 from ..data.records import Records
-from ..models.taps import FINAL, decoder_layers
+from ..models.taps import decoder_layers
 from ..teachers.by_name import teacher_by_name
 from ..teachers.vision import Teacher
 

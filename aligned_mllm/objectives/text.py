@@ -8,8 +8,7 @@ __all__ = ['TextSettings', 'TextLoss']
 # %% ../../nbs/lib/objectives/10_text.ipynb #e93b1fa7
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import InputError
 from aligned_mllm.objectives.base import (
