@@ -1,36 +1,17 @@
 "The benchmark runs, and its numbers agree with each other."
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from aligned_mllm.experiments.benchmark import (
-    MODES,
-    SHAPES,
-    flop_per_token,
-    main,
-    student_and_teacher,
-    Options,
-)
+from aligned_mllm.experiments.benchmark import flop_per_token, main
+from aligned_mllm.experiments.benchmark_setup import MODES, SHAPES, Options, student_and_teacher
 
 
 def test_a_short_benchmark_is_consistent(tmp_path, capsys):
-    words = [
-        "--device",
-        "cpu",
-        "--shapes",
-        "tiny",
-        "--batch",
-        "3",
-        "--steps",
-        "1",
-        "--blocks",
-        "3",
-        "--pictures",
-        "1",
-        "--full",
-    ]
+    words = "--device cpu --shapes tiny --batch 3 --steps 1 --blocks 3 --pictures 1 --full".split()
     assert main([*words, "--output", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "speed.csv", index_col="mode")
     facts = json.loads((tmp_path / "speed.json").read_text())
@@ -38,25 +19,23 @@ def test_a_short_benchmark_is_consistent(tmp_path, capsys):
     assert list(table.index) == list(MODES) and shape.tokens == 25 + shape.words
     assert (table["tokens/s"] / table["samples/s"] - shape.tokens).abs().max() < 1e-6
     assert (table["samples/s"] * table["ms/step"] / 1e3 - 3).abs().max() < 1e-6
-    assert (
-        table["TFLOP/s"] * 1e12 / table["tokens/s"] / flop_per_token(facts["parameters"], full=True) - 1
-    ).abs().max() < 1e-9
+    flop = flop_per_token(facts["parameters"], full=True)
+    assert (table["TFLOP/s"] * 1e12 / table["tokens/s"] / flop - 1).abs().max() < 1e-9
     blocks = pd.DataFrame(facts["blocks"])
-    assert blocks.groupby("block")["mode"].apply(list).iloc[1] == [*list(MODES)[1:], "plain"], (
-        "modes take turns"
-    )
+    second = blocks.groupby("block")["mode"].apply(list).iloc[1]
+    assert second == [*list(MODES)[1:], "plain"], "the order of modes rotates"
     ratios = blocks.pivot(index="block", columns="mode", values="seconds")
-    assert (
-        ratios.div(ratios["plain"], axis=0).median() - table["time/plain"]
-    ).abs().max() < 1e-9 and table.loc["plain", "time/plain"] == 1
+    medians = ratios.div(ratios["plain"], axis=0).median()
+    assert (medians - table["time/plain"]).abs().max() < 1e-9 and table.loc["plain", "time/plain"] == 1
     assert "time/plain" in capsys.readouterr().out
 
 
 def test_the_large_shapes_are_llavas():
     shape = SHAPES["llava7b"]
-    width, inner, depth, words = (
-        shape.text[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    )
+    width = shape.text["hidden_size"]
+    inner = shape.text["intermediate_size"]
+    depth = shape.text["num_hidden_layers"]
+    words = shape.text["vocab_size"]
     parameters = depth * (4 * width**2 + 3 * width * inner + 2 * width) + width + width * words
     assert shape.tokens == 704 and abs(parameters / 6.6e9 - 1) < 0.01
 
@@ -74,7 +53,5 @@ def test_what_cannot_be_measured_is_refused(words, said, capsys):
 
 
 def test_adapters_are_not_counted_as_model():
-    from dataclasses import replace
-
     counts = [student_and_teacher(replace(SHAPES["tiny"], rank=rank), Options())[2] for rank in (0, 4)]
     assert counts[0] == counts[1]
