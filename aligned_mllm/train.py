@@ -28,7 +28,7 @@ def import_file(
     "Run a Python file of yours, so that what it registers is known. Raises InputError if there is none."
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
-        raise InputError(f"no Python file {path}", "a file that registers objectives, recipes or arms", "check the path")
+        raise InputError(f"no Python file {path}", "a file that registers objectives or arms", "check the path")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look their module up by name
@@ -38,13 +38,14 @@ def import_file(
 def argument_parser() -> argparse.ArgumentParser:
     "All options of the command."
     parser = argparse.ArgumentParser(prog="aligned_mllm.train", description="Train by a recipe.")
-    parser.add_argument("--recipe", default="", help="a name from 'aligned-mllm recipes'; none: settings alone")
+    parser.add_argument("--recipe", default="", help="a name from 'aligned-mllm recipes'; or none")
     parser.add_argument("--data", default="", help="data folder")
     parser.add_argument("--output", default="", help="run folder")
-    parser.add_argument("--dry-run", action="store_true", help="report what a run would do; nothing is downloaded")
+    parser.add_argument("--dry-run", action="store_true", help="report what a run would do")
     parser.add_argument("--tiny", action="store_true", help="both stages in small, offline, in seconds")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
-    parser.add_argument("--import", dest="files", action="append", default=[], metavar="FILE.py", help="run it first")
+    repeatable = {"action": "append", "default": []}
+    parser.add_argument("--set", metavar="KEY=VALUE", help="change a setting; repeatable", **repeatable)
+    parser.add_argument("--import", dest="files", metavar="FILE.py", help="run it first", **repeatable)
     return parser
 
 # %% ../nbs/lib/25_train.ipynb #752760f7

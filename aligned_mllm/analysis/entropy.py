@@ -83,7 +83,7 @@ def component_sums(
     sizes = [rows * columns for rows, columns in grids]
     if weights.shape[-1] != sum(sizes) or threshold < 0:
         raise InputError(
-            f"weights {tuple(weights.shape)} for grids {[list(grid) for grid in grids]}, threshold {threshold}",
+            f"weights {tuple(weights.shape)}, grids {[list(grid) for grid in grids]}, threshold {threshold}",
             f"{sum(sizes)} weights, a threshold from 0",
             "pass the weights on the visual tokens of one sample, and its grids",
         )

@@ -257,4 +257,4 @@ class Compare(widgets.VBox):
         self.colours.children = (figure_widget(figure.update_layout(width=920)),)
         for widget in old:
             widget.close()
-        return f"“{row.question}”: right is {row.expected}. Click tokens and patches; the sliders move both."
+        return f"“{row.question}”: right is {row.expected}. Click tokens and patches; sliders move both."

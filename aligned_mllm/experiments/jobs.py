@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..core import InputError, load_json
 from .arms import ARMS
-from .plan import Plan, data_of, prepare_data
+from .plan import Plan, data_of
 from .recipes import WORLDS, world_settings
 from ..training.config import configured
 from ..training.recipes import recipe
@@ -67,7 +67,7 @@ class Job:
         return load_json(progress)["step"] if progress.is_file() else 0
 
     def start(self, threads: int) -> subprocess.Popen:
-        "Start it as a process with so many threads; what it prints goes to log.txt in its folder."
+        "Start it as a process with this number of threads; its output is appended to log.txt in its folder."
         self.output.mkdir(parents=True, exist_ok=True)
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         with open(self.output / "log.txt", "a", encoding="utf-8") as log:
@@ -99,7 +99,7 @@ def differences(
     stage: int,
     settings: dict,  # of an arm in this stage
 ) -> dict:
-    "What an arm changes in a world's recipe, what is small about its objectives included."
+    "The settings that an arm changes in a world's recipe, with those for small models."
     every = world_settings(world, stage, settings)
     return {key: value for key, value in every.items() if WORLDS[world][stage].get(key) != value}
 

@@ -145,14 +145,14 @@ def prepare_data(
 # %% ../../nbs/lib/experiments/10_plan.ipynb #903d4b29
 LIMITS = {
     "mean": "The mean gives every question type the same weight. A point is a percentage point.",
-    "seeds": "Intervals are over seeds: they describe how other training runs of this experiment would fall. With three "
-    "seeds they are wide, and of twenty single question types one excludes zero by chance.",
-    "teacher": "The teacher is privileged: it was trained on the scenes' own labels. A gain from it promises nothing "
-    "about a teacher trained on images alone.",
-    "one set of parts": "Encoder, teacher and language model are one each; the intervals do not cover how another "
-    "set would behave.",
-    "scale": "Toy scale: small drawn scenes, short answers, a tiny language model. It shows how to tell a cause from "
-    "a number, not what happens at 7 billion parameters.",
+    "seeds": "Intervals are over seeds: they describe how other training runs of this experiment would fall. "
+    "With three seeds they are wide, and of twenty single question types one excludes zero by chance.",
+    "teacher": "The teacher is privileged: it was trained on the scenes' own labels. A gain from it promises "
+    "nothing about a teacher trained on images alone.",
+    "one set of parts": "Encoder, teacher and language model are one each; the intervals do not cover how "
+    "another set would behave.",
+    "scale": "Toy scale: small drawn scenes, short answers, a tiny language model. It shows how to tell a "
+    "cause from a number, not what happens at 7 billion parameters.",
 }
 
 # %% ../../nbs/lib/experiments/10_plan.ipynb #cb117da3
@@ -163,13 +163,13 @@ def limits_of(
     limits = dict(LIMITS)
     if plan.vary_parts:
         limits["one set of parts"] = (
-            "Encoder, teachers and language model were trained again for every seed, so the intervals cover how "
-            "another set would behave."
+            "Encoder, teachers and language model were trained again for every seed, so the intervals cover "
+            "how another set would behave."
         )
     if plan.recipe == "nlvr":
         limits["teacher"] = (
-            "Encoder, teacher and language model come from drawn scenes: NLVR's drawings and words were new to "
-            "them, and the teacher was left as it was."
+            "Encoder, teacher and language model come from drawn scenes: NLVR's drawings and words were new "
+            "to them, and the teacher was left as it was."
         )
         limits["scale"] = (
             "NLVR in small: boxes of 40 pixels, a language model of a third of a million weights, each test "
@@ -208,8 +208,10 @@ def joined_plan(
             "the same settings, or an empty folder",
             "choose another --output, or delete the folder",
         )
-    for name in before["arms"]:
-        register_arm(Arm(**before["facts"][name]))
+    for arm in [Arm(**fact) for name, fact in before.get("facts", {}).items() if name in before["arms"]]:
+        known = ARMS.get(arm.name)
+        if known is None or (known.stage1, known.stage2) != (arm.stage1, arm.stage2):
+            register_arm(arm)  # refused if another arm has the name
     return replace(
         plan,
         arms=tuple(dict.fromkeys((*before["arms"], *plan.arms))),

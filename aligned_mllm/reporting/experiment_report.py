@@ -106,7 +106,8 @@ def _section_scores(found: dict) -> str:
         names = escape(", ".join(found["unlearnt"]))
         parts.append(
             f"<p class=note><b>Not learnt:</b> on {names}, the interval of the baseline over its questions "
-            "reaches down to a model without images or to the commonest answer. Differences between arms on a type that is not learnt say little.</p>"
+            "reaches down to a model without images or to the commonest answer. Differences between arms on "
+            "a type that is not learnt say little.</p>"
         )
     if found["baseline"]:
         parts += [
@@ -154,9 +155,9 @@ def _section_inside(found: dict) -> str:
     arms = [arm for arm in found["arms"] if cknna is not None and (cknna.arm == arm).any()]
     if arms:
         parts += [
-            "<p>Do visual tokens that are neighbours in one layer have the same neighbours in the encoder, and in the "
-            "teacher? 1 is all, the grey band is chance. Agreement with the teacher is what the alignment loss trains: a "
-            "rise shows that the loss works, not that it helps.</p>"
+            "<p>Do visual tokens that are neighbours in one layer have the same neighbours in the encoder, "
+            "and in the teacher? 1 is all, the grey band is chance. Agreement with the teacher is what the "
+            "alignment loss trains: a rise shows that the loss works, not that it helps.</p>"
         ]
         parts.append(html_plot(cknna_figure(cknna, arms, found["plan"].get("aligned_layer")), "cknna"))
     else:
@@ -165,7 +166,7 @@ def _section_inside(found: dict) -> str:
 
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #efdd5081
 def _picture(folder: Path, name: str, width: int) -> str:
-    "An image below `folder` as HTML that carries it; raises InputError when it leads outside or is not an image."
+    "An image below `folder` as HTML with its bytes. Raises InputError for a path outside, or no file."
     path = path_inside(folder, name)
     if not path.is_file():
         raise InputError(
@@ -187,20 +188,22 @@ def _section_examples(folder: Path, found: dict) -> str:
             answer = example["answers"][arm]
             right = str(answer).strip().lower() == expected.strip().lower()
             mark = "<b class=right>✓ right</b>" if right else "<b class=wrong>✗ wrong</b>"
-            answers.append(
-                f"<tr><td>{escape(style(arm).label)}</td><td>{escape(str(answer))}</td><td class=mark>{mark}</td></tr>"
-            )
+            row = f"<td>{escape(style(arm).label)}</td><td>{escape(str(answer))}</td>"
+            answers.append(f"<tr>{row}<td class=mark>{mark}</td></tr>")
         question = str(example["question"]).replace("<image>", "").strip()
         width = 160 if len(example["images"]) == 1 else 240 // len(example["images"])
         pictures = "".join(_picture(folder, name, width) for name in example["images"])
         cards.append(
-            f"<div class=card>{pictures}<p><span class=type>"
-            f"{escape(str(example['category']))}</span><br><b>{escape(question)}</b><br>"
-            f"right answer: <b>{escape(expected)}</b></p><table class=answers>{''.join(answers)}</table></div>"
+            f"<div class=card>{pictures}<p><span class=type>{escape(str(example['category']))}</span><br>"
+            f"<b>{escape(question)}</b><br>right answer: <b>{escape(expected)}</b></p>"
+            f"<table class=answers>{''.join(answers)}</table></div>"
         )
     if not cards:
         return "<h2>Examples</h2><p class=note>No examples were stored.</p>"
-    words = "<p>A few held-out pictures, to see what is asked: of each question type first those on which the arms of seed 0 differ. They prove nothing.</p>"
+    words = (
+        "<p>A few held-out images, to see the kind of questions: of each question type, first those on which "
+        "the arms of seed 0 differ. They prove nothing.</p>"
+    )
     return f"<h2>Examples</h2>{words}<div class=cards>{''.join(cards)}</div>"
 
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #ef40a4f7
@@ -240,8 +243,8 @@ def _cost_table(cost: pd.DataFrame, baseline: str) -> pd.DataFrame:
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #5cea2fe8
 LIMITS = (  # how to read any report; a plan brings its own under "limits"
     "The mean gives every question type the same weight. A point is a percentage point.",
-    "Intervals are over seeds: they describe how other training runs of this experiment would fall. Of twenty single "
-    "question types, one excludes zero by chance.",
+    "Intervals are over seeds: they describe how other training runs of this experiment would fall. Of "
+    "twenty single question types, one excludes zero by chance.",
 )
 
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #947e866d
@@ -268,8 +271,9 @@ def _section_end(found: dict) -> str:
         cost = html_table(_cost_table(found["cost"], found["baseline"]), "numbers cost")
     settings = escape(json.dumps(plan.get("settings", {}), indent=1, sort_keys=True, default=str))
     return (
-        f"<h2>How to read this, and its limits</h2><ol>{limits}</ol><h2>Cost</h2>{cost}<h2>To repeat it</h2>"
-        f"<table class=words>{rows}</table><details><summary>All settings</summary><pre>{settings}</pre></details>"
+        f"<h2>How to read this, and its limits</h2><ol>{limits}</ol>"
+        f"<h2>Cost</h2>{cost}<h2>To repeat it</h2><table class=words>{rows}</table>"
+        f"<details><summary>All settings</summary><pre>{settings}</pre></details>"
     )
 
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #51778bfd

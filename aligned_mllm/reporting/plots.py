@@ -100,7 +100,8 @@ def scores_figure(
     categories = list(table.category.unique())
     drawn = table[table.arm.isin(arms)]
     seeds = drawn.seed.nunique()
-    subtitle = f"mean of {seeds} seed{'s' * (seeds > 1)}; bars: 95 % t-interval over seeds; small symbols: single seeds"
+    mean = f"mean of {seeds} seed{'s' * (seeds > 1)}"
+    subtitle = f"{mean}; bars: 95 % t-interval over seeds; small symbols: single seeds"
     figure = blank_figure("Accuracy by question type", subtitle)
     low, high = _add_dodged(figure, drawn, arms, categories, "%")
     for arm in lines:

@@ -33,7 +33,7 @@ ROOMS = (
 def page_name(
     notebook: str | PurePosixPath,  # a path below nbs, with or without its suffix
 ) -> str:
-    "Name of the page of a notebook: `lib/data/06_records.ipynb` gives `lib/data.records`, which gives itself."
+    "Name of the page of a notebook: `lib/data/06_records.ipynb` gives `lib/data.records`."
     folder, *parts = PurePosixPath(re.sub(r"\.(ipynb|html)$", "", str(notebook))).parts
     return f"{folder}/{'.'.join(re.sub(r'^[0-9]+_', '', part) for part in parts)}"
 

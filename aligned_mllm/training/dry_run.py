@@ -127,7 +127,7 @@ def sample_size(
     length = min(longest, config.max_length) if config.max_length else longest
     examined = f"4 characters a token, {words['examined']} samples examined"
     lines |= {
-        "text tokens": f"about {words['characters'] / 4:.0f}, {words['answers']:.0%} of them answers ({examined})",
+        "text tokens": f"about {words['characters'] / 4:.0f}, {words['answers']:.0%} answers ({examined})",
         "longest": f"about {longest} tokens{', cut to ' + str(length) if length < longest else ''}",
         "with an image": f"{words['with_images']:.0%}",
     }
@@ -171,7 +171,7 @@ def dry_run(
     config: AlignConfig,  # from `configured`
     settings: dict | None = None,  # what differs from the recipe
 ) -> dict[str, dict]:
-    """What a run would do, in sections: trained parameters, a sample, steps, memory, each objective, settings.
+    """What a run would do, in sections: trained parameters, sample, steps, memory, objectives, settings.
     Raises InputError."""
     student = student_shape(config)
     text = student.config.get_text_config()
