@@ -45,7 +45,7 @@ def _add_experiment_options(
         help="add the arms (and objectives) that a Python file registers; repeatable",
     )
     job.add_argument(
-        "--full", action="store_true", help="every control, embedded models trained anew for each seed (hours)"
+        "--full", action="store_true", help="every control, and new embedded models for every seed (hours)"
     )
     job.add_argument(
         "--quick", action="store_true", help="the same in a minute, far too short to mean anything"

@@ -28,7 +28,7 @@ def import_file(
     "Run a Python file of yours, so that what it registers is known. Raises InputError if there is none."
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
-        raise InputError(f"no Python file {path}", "a file that registers objectives or arms", "check the path")
+        raise InputError(f"no Python file {path}", "a file that registers something", "check the path")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look their module up by name

@@ -73,7 +73,7 @@ class ViralSettings:
         if self.teacher == "encoder_projected" and "mean" in self.target:
             raise InputError(
                 f"viral.target {self.target!r} with the student's own input as the target",
-                "'image' or 'other_image': the student's input changes, so there is no fixed mean over images",
+                "'image' or 'other_image': the student's input changes, so it has no fixed mean",
                 "choose another target, or a frozen teacher",
             )
 

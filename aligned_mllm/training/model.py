@@ -130,7 +130,7 @@ def blank_image(
     side = getattr(student.config.vision_config, "image_size", None)
     if not isinstance(side, int):
         raise InputError(
-            f"a batch without images, {type(student).__name__}, shared-out weights or reentrant checkpointing",
+            f"no images for {type(student).__name__} with shared-out weights or reentrant checkpointing",
             "a model whose images have one size",
             "use plain data parallelism without reentrance, or records with images",
         )

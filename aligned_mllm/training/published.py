@@ -121,13 +121,13 @@ PUBLISHED = {
 # %% ../../nbs/lib/training/00_published.ipynb #ff760917
 CONFIG_SOURCES = {
     "lmsys/vicuna-7b-v1.5": "its config.json, as the base of FasterDecoding/medusa-v1.0-vicuna-7b-v1.5",
-    "lmsys/vicuna-13b-v1.5": "LLaMA 2 13B (arXiv 2307.09288), its base model; its config.json was not checked",
+    "lmsys/vicuna-13b-v1.5": "LLaMA 2 13B (arXiv 2307.09288), its base; config.json not checked",
     "Qwen/Qwen2.5-7B-Instruct": "its config.json, as quoted in Lightning-AI/lightning-thunder's benchmarks",
     "openai/clip-vit-large-patch14-336": "its config.json",
-    "google/siglip2-so400m-patch14-384": "other implementations; text tower at defaults; its config.json was not checked",
+    "google/siglip2-so400m-patch14-384": "other implementations; config.json not checked",
     "facebook/dinov2-base": "transformers' defaults; arXiv 2304.07193: patch 14, last trained at 518 pixels",
     "facebook/sam-vit-base": "transformers' defaults for SamVisionConfig; its config.json was not checked",
-    "depth-anything/Depth-Anything-V2-Base-hf": "a DINOv2-B backbone (arXiv 2406.09414); layers as in users' code",
+    "depth-anything/Depth-Anything-V2-Base-hf": "DINOv2-B (arXiv 2406.09414); layers as in users' code",
     "nvidia/C-RADIOv4-H": "transformers' defaults for RadioConfig, documented as this model's values",
 }
 
