@@ -82,8 +82,9 @@ def component_sums(
     not match."""
     sizes = [rows * columns for rows, columns in grids]
     if weights.shape[-1] != sum(sizes) or threshold < 0:
+        shapes = [list(grid) for grid in grids]
         raise InputError(
-            f"weights {tuple(weights.shape)}, grids {[list(grid) for grid in grids]}, threshold {threshold}",
+            f"weights {tuple(weights.shape)} for grids {shapes}, threshold {threshold}",
             f"{sum(sizes)} weights, a threshold from 0",
             "pass the weights on the visual tokens of one sample, and its grids",
         )
