@@ -269,61 +269,57 @@ def test_equal_stages_are_shared_and_run_once(tmp_path, own_arms):
     assert starts["viral"] == "stage1" and starts["warm_viral"] == "stage1_warm"
 
 
-def test_an_arm_of_the_command_line(quick, tmp_path):
-    """Added to a finished experiment: only it is trained, the report has it, and the same command without
-    it keeps it."""
+SHORT = """
+from dataclasses import dataclass
+
+from aligned_mllm.experiments.arms import Arm, register_arm
+from aligned_mllm.objectives.base import Objective, Tap, Target, register, setting
+
+
+@dataclass
+class ShortSettings:
+    weight: float = setting(0.01, "lambda")
+
+
+@register
+class Short(Objective):
+    name = "short"
+    Settings = ShortSettings
+    taps = (Tap(2),)
+
+    @classmethod
+    def build(cls, settings, context):
+        return cls(settings.weight)
+
+    def targets(self, batches):
+        return [Target(int(batch["visual_mask"].sum())) for batch in batches]
+
+    def forward(self, states, target):
+        return self.term(states[self.taps[0]].square().sum(), target.count)
+
+
+register_arm(Arm("short", "short states", stage2={"short.weight": 0.001}))
+"""
+
+
+def test_arms_of_the_command_line_and_of_a_file(quick, tmp_path):
+    """Added to a finished experiment: only they are trained, each run imports the file with its
+    objective, and the report shows both."""
     folder = shutil.copytree(quick, tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("done.json")}
+    file = tmp_path / "mine.py"
+    file.write_text(SHORT)
     text = "deep:like=viral,viral.layers=[4,5],label=two deep layers"
-    done = call("experiment", "--quick", "--output", folder, "--arm", text)
+    done = call("experiment", "--quick", "--output", folder, "--arm", text, "--arms-file", file)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert load_json(folder / "seed0" / "deep" / "objectives.json")["viral"]["layers"] == [4, 5]
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "two deep layers" in page and "two deep layers" in done.stdout
-    again = call("experiment", "--quick", "--output", folder)
-    assert again.returncode == 0 and "deep" in set(pd.read_csv(folder / "scores.csv").arm)
-
-
-def test_arms_of_a_file(tmp_path, small_data):
-    "A Python file registers an objective and arms; each training run imports it, too."
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from dataclasses import dataclass\n"
-        "from aligned_mllm.experiments.arms import Arm, register_arm\n"
-        "from aligned_mllm.objectives.base import Objective, Tap, Target, register, setting\n\n\n"
-        "@dataclass\nclass ShortSettings:\n    weight: float = setting(0.01, 'lambda')\n\n\n"
-        "@register\nclass Short(Objective):\n"
-        "    name = 'short'\n    Settings = ShortSettings\n    taps = (Tap(2),)\n\n"
-        "    @classmethod\n    def build(cls, settings, context):\n        return cls(settings.weight)\n\n"
-        "    def targets(self, batches):\n"
-        "        return [Target(int(batch['visual_mask'].sum())) for batch in batches]\n\n"
-        "    def forward(self, states, target):\n"
-        "        return self.term(states[self.taps[0]].square().sum(), target.count)\n\n\n"
-        "register_arm(Arm('short', 'short states', stage2={'short.weight': 0.001}))\n"
-    )
-    done = call(
-        "experiment",
-        "--quick",
-        "--output",
-        tmp_path / "run",
-        "--arms",
-        "plain",
-        "--arms-file",
-        file,
-        "--set",
-        "max_steps=5",
-        "--set",
-        "eval_steps=5",
-        "--set",
-        "logging_steps=5",
-        "--set",
-        "save_steps=5",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    curves = pd.read_csv(tmp_path / "run" / "curves.csv")
+    curves = pd.read_csv(folder / "curves.csv")
     assert set(curves[curves.name == "loss_short"].arm) == {"short"}
-    assert "short states differs from plain training" in done.stdout.replace("\n", " ")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for label in ("two deep layers", "short states"):
+        assert label in page and label in done.stdout
+    assert set(load_json(folder / "plan.json")["arms"]) == {*ARMS, "deep", "short"}
 
 
 @pytest.mark.parametrize(
