@@ -1,6 +1,7 @@
 "What must hold for the repository itself: export, order, notebook craft, names."
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -24,10 +25,17 @@ MODULES = [
 COMMANDS = Path(sys.executable).parent
 
 
+@functools.cache
+def notebook(path: Path) -> nbformat.NotebookNode:
+    "A notebook, read once for all rules."
+    return nbformat.read(path, 4)
+
+
 def cells(path: Path, kind: str = "code") -> list[str]:
-    return [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
+    return [cell.source for cell in notebook(path).cells if cell.cell_type == kind]
 
 
+@functools.cache
 def module_of(path: Path) -> str:
     return next(
         line.split()[-1]
@@ -214,7 +222,7 @@ def test_every_public_name_is_documented(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_read_well(path):
     text = path.read_text(encoding="utf-8")
-    all_cells = nbformat.read(path, 4).cells
+    all_cells = notebook(path).cells
     assert path.stat().st_size <= 300_000, f"{path.name} has {path.stat().st_size} bytes"
     prose = sum(cell.cell_type == "markdown" for cell in all_cells)
     assert prose >= len(all_cells) / 5, f"{path.name}: {prose} of {len(all_cells)} cells are prose"
@@ -295,7 +303,7 @@ def test_every_failing_case_was_shown(path):
     "A cell that shows an error on purpose has printed it."
     silent = [
         cell.source[:80]
-        for cell in nbformat.read(path, 4).cells
+        for cell in notebook(path).cells
         if cell.cell_type == "code"
         and re.search(r"except InputError|with refusal\(", cell.source)
         and not re.search(r"^#\|\s*(export|hide|slow|eval)", cell.source, re.M)
