@@ -687,7 +687,7 @@ def test_compare_as_an_application(browser, voila, session):
             "lines => document.querySelectorAll('.widget-select option').length < lines", arg=lines
         )
         window.press("Look inside")
-        window.says("the sliders move both")
+        window.says("sliders move both")
         window.page.wait_for_function(
             "() => [...document.querySelectorAll('.aligned-panel')]"
             ".every(e => e.textContent.includes('attention in layer 1'))"
@@ -700,7 +700,7 @@ def test_compare_as_an_application(browser, voila, session):
         )
         assert window.drawn(0) != before[0] and window.drawn(1) != before[1]
         keep(window.page, "compare_1")
-        window.page.get_by_text("Visual tokens as pictures").scroll_into_view_if_needed()
+        window.page.get_by_text("Visual tokens as images").scroll_into_view_if_needed()
         keep(window.page, "compare_2")
         assert window.problems == []
 
