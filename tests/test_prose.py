@@ -217,6 +217,11 @@ def test_pages_that_the_prose_names_exist(path):
     named = [name for name in page_names(path) if not name.startswith("runs/scenes")]
     missing = [name for name in named if page_name(name) not in known and name not in rooms]
     assert [name for name in missing if not (ROOT / name).exists()] == []
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, 4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        links = re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text)
+        assert [link for link in links if not (path.parent / link.split("#")[0]).exists()] == []
 
 
 BAD = [

@@ -467,7 +467,7 @@ def test_the_search_finds_a_name(opened, site, how):
     result.wait_for()
     keep(tab, f"search_{how.replace(' ', '_')}")
     result.click()
-    tab.locator("h3", has_text="cknna_by_layer").wait_for()
+    tab.locator(":is(h2, h3)", has_text="cknna_by_layer").wait_for()
     assert urlparse(tab.url).path.endswith("/lib/analysis.cknna_layers.html")
 
 
@@ -483,7 +483,7 @@ def test_formulas_are_drawn_in_the_font_for_them(opened):
 
 
 def test_the_source_of_a_definition_unfolds(opened):
-    tab = opened("lib/objectives.viral.html")
+    tab = opened("lib/objectives.alignment.html")
     source = tab.locator("details.hide").first
     assert not source.locator("pre").is_visible()
     source.locator("summary").click()
