@@ -547,7 +547,7 @@ def test_an_adapter_is_not_fed_with_another_picture():
     encoded = model.get_image_features(inputs.pop("pixel_values"))
     model(**inputs, mm_encoder_outputs={"image": encoded})
     model.get_image_features(torch.randn(4, 3, 40, 40))
-    with pytest.raises(InputError, match="another picture"):
+    with pytest.raises(InputError, match="another image"):
         model(**inputs, mm_encoder_outputs={"image": encoded})
 
 

@@ -318,7 +318,7 @@ def test_recipes_and_benchmark_share_their_settings(monkeypatch):
     assert (options.weights, options.trained, options.compiled, options.supervised) == tuple(
         FAST[name] for name in ("weights", "trained_weights", "compile_layers", "supervised_logits")
     )
-    assert benchmark.mixed(options) == FAST["bf16"]
+    assert options.mixed == FAST["bf16"]
 
 
 def test_adapters_do_not_widen_their_input():
