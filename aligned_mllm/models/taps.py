@@ -15,41 +15,35 @@ from torch import Tensor, nn
 from ..core import InputError
 
 # %% ../../nbs/lib/models/20_taps.ipynb #c2541ab8
-def decoder_layers(
-    model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
-) -> nn.ModuleList:
-    "The blocks of the language model, first to last. Raises InputError if there are none."
+def _of_decoder(model: nn.Module, name: str, kind: type, meaning: str) -> nn.Module:
+    "The language model's attribute of that name, under PEFT too; InputError if it is not of that kind."
     from peft import PeftModel
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    part = getattr(decoder, name, None)
+    if not isinstance(part, kind):
         raise InputError(
-            f"{type(inner).__name__} has no list of decoder layers",
-            "a model whose get_decoder() has `layers`",
+            f"{type(inner).__name__} has no {meaning}",
+            f"a model whose get_decoder() has `{name}`",
             "use a model of transformers with this layout, or report its architecture in an issue",
         )
-    return layers
+    return part
+
+
+def decoder_layers(
+    model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
+) -> nn.ModuleList:
+    "The blocks of the language model, first to last. Raises InputError if there are none."
+    return _of_decoder(model, "layers", nn.ModuleList, "list of decoder layers")
 
 # %% ../../nbs/lib/models/20_taps.ipynb #2b3fa2c5
 def final_norm(
     model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
 ) -> nn.Module:
     "The norm after the last block of the language model. Raises InputError if there is none."
-    from peft import PeftModel
-
     decoder_layers(model)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
-    norm = getattr(decoder, "norm", None)
-    if not isinstance(norm, nn.Module):
-        raise InputError(
-            f"{type(inner).__name__} has no norm after its last block",
-            "a model whose get_decoder() has `norm`",
-            "use a model of transformers with this layout, or report its architecture in an issue",
-        )
-    return norm
+    return _of_decoder(model, "norm", nn.Module, "norm after its last block")
 
 # %% ../../nbs/lib/models/20_taps.ipynb #460e1e9f
 def check_layers(
