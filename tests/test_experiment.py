@@ -302,9 +302,9 @@ register_arm(Arm("short", "short states", stage2={"short.weight": 0.001}))
 """
 
 
-def test_arms_of_the_command_line_and_of_a_file(quick, tmp_path):
+def test_arms_of_the_command_line_and_of_a_file(quick, tmp_path, capsys):
     """Added to a finished experiment: only they are trained, each run imports the file with its
-    objective, and the report shows both."""
+    objective, and the report shows both. A later call must name the file again."""
     folder = shutil.copytree(quick, tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("done.json")}
     file = tmp_path / "mine.py"
@@ -320,6 +320,8 @@ def test_arms_of_the_command_line_and_of_a_file(quick, tmp_path):
     for label in ("two deep layers", "short states"):
         assert label in page and label in done.stdout
     assert set(load_json(folder / "plan.json")["arms"]) == {*ARMS, "deep", "short"}
+    assert main(["experiment", "--quick", "--output", str(folder)]) == 2
+    assert f"add --arms-file {file}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

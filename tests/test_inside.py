@@ -1,13 +1,15 @@
 """The page of one or two runs: measured once, on these weights and questions only; the numbers are those
 of independent computation; nothing is fetched."""
 
+import shutil
+
 import pandas as pd
 import pytest
 
 from aligned_mllm.cli import main
 from aligned_mllm.core import data_folder, save_json
 from aligned_mllm.evals.task import is_right
-from aligned_mllm.reporting.model_report import inside
+from aligned_mllm.reporting.model_report import inside, reference_teachers
 from aligned_mllm.worlds.small_models import embedded_model
 
 
@@ -101,3 +103,18 @@ def test_four_runs_and_one_run_twice(runs, tmp_path, capsys):
         main(["inside", runs[0], runs[0], "--output", str(tmp_path)]) == 2
         and "twice" in capsys.readouterr().err
     )
+
+
+def test_teachers_of_one_name_and_two_folders_are_two(tmp_path):
+    "Experiments that vary the parts have a dense teacher for each seed."
+    parts = data_folder() / "parts"
+    shutil.copytree(parts, tmp_path / "seed1")
+    objectives = [
+        {"teacher": "dense", "parts": ""},
+        {"teacher": "dense", "parts": str(tmp_path / "seed1")},
+        {"teacher": "dense", "parts": ""},
+        {"teacher": "encoder", "parts": ""},
+        {"teacher": ""},
+    ]
+    assert list(reference_teachers(objectives[:1])) == ["dense"]
+    assert list(reference_teachers(objectives)) == ["dense (embedded)", "dense (seed1)"]

@@ -24,7 +24,8 @@ from ..data.records import Records
 from ..evals.statistics import require_columns
 from ..evals.task import answers_of
 from ..figures import layers_figure
-from ..models.taps import decoder_layers
+from ..models.taps import decoder_layers, language_model_of
+from ..models.trainable import unwrapped
 
 # %% ../../nbs/lib/analysis/60_knockout.ipynb #2a793ed5
 class ImagePositions:
@@ -34,13 +35,10 @@ class ImagePositions:
         self,
         model: nn.Module,  # an image-text-to-text model of transformers, also wrapped by PEFT
     ):
-        from peft import PeftModel
-
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.decoder = inner.get_decoder()
+        self.decoder = language_model_of(model)
         self.so_far: Tensor | None = None  # (B, S) bool: all positions read so far, cached ones first
         self.start = 0  # the number of cached positions
-        self.hook = inner.base_model.register_forward_pre_hook(self.note, with_kwargs=True)
+        self.hook = unwrapped(model).base_model.register_forward_pre_hook(self.note, with_kwargs=True)
 
     def note(self, module, arguments, keywords) -> None:
         """Hook before the multimodal model's forward: add the positions of this call to the cached ones.

@@ -21,6 +21,7 @@ from ..data.collate import model_inputs
 from ..evals.statistics import require_columns
 from ..figures import blank_figure, escaped
 from ..models.taps import Taps, decoder_layers, final_norm
+from ..models.trainable import unwrapped
 
 # %% ../../nbs/lib/analysis/70_lens.ipynb #eba3281a
 def readout(
@@ -28,9 +29,7 @@ def readout(
 ) -> tuple[nn.Module, nn.Module, float | None]:
     """The language model's final norm, its output head, and the bound of its logits (None: unbounded).
     Raises InputError for a model without them."""
-    from peft import PeftModel
-
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = unwrapped(model)
     norm = final_norm(inner)
     head = inner.get_output_embeddings()
     if head is None:

@@ -198,7 +198,8 @@ def joined_plan(
     folder: Path,  # the experiment's
 ) -> Plan:
     """The plan with all arms and seeds that were requested for its folder before. Raises InputError for a
-    folder with other settings, or another arm of the same name."""
+    folder with other settings, another arm of the same name, or without a Python file of an earlier call (a
+    file that a folder names is never run unasked)."""
     if not (folder / "plan.json").is_file():
         return plan
     before = load_json(folder / "plan.json")
@@ -207,6 +208,14 @@ def joined_plan(
             f"{folder} holds an experiment with other settings",
             "the same settings, or an empty folder",
             "choose another --output, or delete the folder",
+        )
+    given = {Path(file).name for file in plan.imports}
+    forgotten = [file for file in before.get("imports", []) if Path(file).name not in given]
+    if forgotten:
+        raise InputError(
+            f"arms of {folder} without the file that defines them",
+            f"the Python files of earlier calls: {forgotten}",
+            f"add --arms-file {forgotten[0]}",
         )
     for arm in [Arm(**fact) for name, fact in before.get("facts", {}).items() if name in before["arms"]]:
         known = ARMS.get(arm.name)
@@ -232,6 +241,7 @@ def plan_record(
         "recipe": plan.recipe,
         "seeds": list(range(plan.seeds)),
         "arms": list(plan.arms),
+        "imports": list(plan.imports),
         "runs": list(plan.runs),
         "lines": [BLIND, MAJORITY.name],
         "facts": {arm.name: arm_facts(arm) for arm in [*map(ARMS.get, plan.runs), MAJORITY]},

@@ -64,10 +64,17 @@ def objectives_in(
 def reference_teachers(
     objectives: list[dict],  # from `objectives_in`
 ) -> dict[str, Teacher]:
-    "The frozen teachers that objectives name, each once. A student's own encoder is a reference already."
-    named = {each["teacher"]: each.get("parts", "") for each in objectives if each.get("teacher")}
-    outside = {name: parts for name, parts in named.items() if not name.startswith(("encoder", "random_"))}
-    return {name: load_teacher(name, parts=parts) for name, parts in outside.items()}
+    """The frozen teachers that objectives name, each once; by name and parts folder, if there are several of
+    one name. A student's own encoder is a reference already."""
+    named = [(each["teacher"], each.get("parts", "")) for each in objectives if each.get("teacher")]
+    outside = [pair for pair in dict.fromkeys(named) if not pair[0].startswith(("encoder", "random_"))]
+    names = [name for name, _ in outside]
+    found = {}
+    for name, parts in outside:
+        folder = Path(parts).name or "embedded"
+        label = f"{name} ({folder})" if names.count(name) > 1 else name
+        found[label] = load_teacher(name, parts=parts)
+    return found
 
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #d62e4c64
 def case_of(

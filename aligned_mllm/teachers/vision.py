@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core import InputError, checksum, data_folder, is_hub_id, seed_everything
+from ..models.trainable import unwrapped
 from .families import family_of, native_grid, patch_of, run_packed
 from .pixels import Normalization, crop_view, normalization_of, teacher_grid
 
@@ -250,9 +251,7 @@ def encoder_teacher(
 ) -> Teacher:
     """The student's own vision tower as a teacher: a frozen copy, read at the layer that the projector
     reads (VIRAL, pilot study (c)). Raises InputError for models of other kinds."""
-    from peft import PeftModel
-
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = unwrapped(model)
     tower = getattr(inner.model, "vision_tower", None)
     layer = getattr(inner.config, "vision_feature_layer", None)
     if tower is None or not isinstance(layer, int):

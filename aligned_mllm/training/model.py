@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core import InputError
 from ..data.collate import model_inputs
 from ..models.taps import Taps
+from ..models.trainable import unwrapped
 from ..objectives.base import LOGITS, POSITIONS, Objective, Tap, text_positions
 
 # %% ../../nbs/lib/training/72_model.ipynb #70f36e72
@@ -38,7 +39,7 @@ def takes_positions(
     student: nn.Module,  # an image-text-to-text model, also wrapped by PEFT
 ) -> bool:
     "Whether its class can make logits at chosen positions alone."
-    inner = student.get_base_model() if hasattr(student, "get_base_model") else student
+    inner = unwrapped(student)
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 # %% ../../nbs/lib/training/72_model.ipynb #f41da6a8
@@ -119,7 +120,7 @@ def block_classes(
 ) -> list[str]:
     """The class names of its blocks, vision tower included: what FSDP wraps one by one (accelerate's
     transformer-based policy)."""
-    inner = student.get_base_model() if hasattr(student, "get_base_model") else student
+    inner = unwrapped(student)
     return sorted(set(inner._no_split_modules or ()) & {type(module).__name__ for module in inner.modules()})
 
 # %% ../../nbs/lib/training/72_model.ipynb #ce06ec9b
