@@ -8,9 +8,6 @@ __all__ = ['Job', 'Graph', 'differences', 'graph_of', 'check_jobs', 'worker_coun
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #9d70131c
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +19,7 @@ from ..core import InputError, load_json
 from .arms import ARMS
 from .plan import Plan, data_of
 from .recipes import WORLDS, world_settings
+from .workers import Worker
 from ..training.config import configured
 from ..training.recipes import recipe
 from ..training.run import trainer_of
@@ -38,11 +36,10 @@ class Job:
     after: Path | None = None  # a run folder whose model it loads
     imports: tuple[str, ...] = ()  # Python files that are imported first
 
-    def command(self) -> list[str]:
-        "The command line that trains it."
-        launch = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no"
-        words = [sys.executable, *launch.split(), "--dynamo_backend", "no", "-m", "aligned_mllm.train"]
-        words += ["--recipe", self.recipe, "--data", str(self.data), "--output", str(self.output)]
+    @property
+    def words(self) -> list[str]:
+        "The words of the command that trains it, after `-m aligned_mllm.train`."
+        words = ["--recipe", self.recipe, "--data", str(self.data), "--output", str(self.output)]
         for file in self.imports:
             words += ["--import", file]
         for key, value in self.settings.items():
@@ -66,14 +63,10 @@ class Job:
         progress = self.output / "progress.json"
         return load_json(progress)["step"] if progress.is_file() else 0
 
-    def start(self, threads: int) -> subprocess.Popen:
-        "Start it as a process with this number of threads; its output is appended to log.txt in its folder."
+    def start(self, worker: Worker) -> None:
+        "Train it in a worker; its output is appended to log.txt in its folder."
         self.output.mkdir(parents=True, exist_ok=True)
-        variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        with open(self.output / "log.txt", "a", encoding="utf-8") as log:
-            return subprocess.Popen(
-                self.command(), stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True
-            )
+        worker.start(self.words, self.output / "log.txt")
 
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #c22faa50
 @dataclass
@@ -170,25 +163,26 @@ def run_jobs(
     waiting = [job for job in jobs if not job.done]
     running = {}
     threads = max(1, (os.cpu_count() or 1) // workers)
+    idle = [Worker(threads) for _ in range(min(workers, len(waiting)))]
     done = sum(job.steps_done for job in jobs)
     total = sum(job.steps for job in jobs)
     with tqdm(total=total, desc="training", unit="step", initial=done, smoothing=0.05) as bar:
         try:
             while waiting or running:
                 ready = [job for job in waiting if job.after is None or (job.after / "done.json").is_file()]
-                for job in ready[: workers - len(running)]:
-                    running[job] = job.start(threads)
+                for job in ready[: len(idle)]:
+                    running[job] = idle.pop()
+                    job.start(running[job])
                     waiting.remove(job)
-                time.sleep(0.5)
-                for job, process in list(running.items()):
-                    if process.poll() is not None:
-                        del running[job]
-                        raise_if_failed(job, process.returncode)
+                time.sleep(0.2)
+                for job, worker in list(running.items()):
+                    status = worker.poll()
+                    if status is not None:
+                        idle.append(running.pop(job))
+                        raise_if_failed(job, status)
                 names = ", ".join("/".join(job.output.parts[-2:]) for job in running)
                 bar.set_postfix_str(names, refresh=False)
                 bar.update(sum(job.steps_done for job in jobs) - bar.n)
         finally:
-            for process in running.values():
-                os.killpg(process.pid, signal.SIGTERM)
-            for process in running.values():
-                process.wait()
+            for worker in [*running.values(), *idle]:
+                worker.stop()
