@@ -1,6 +1,8 @@
 "What several tests share: small drawn data, and a way to run a training as a user does."
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,54 +12,63 @@ import pytest
 
 import aligned_mllm.experiments.recipes  # noqa: F401  registers the recipes of the small worlds
 from aligned_mllm.core import data_folder
+from aligned_mllm.train import main
 from aligned_mllm.worlds.scene_data import Sizes, write_scenes
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+FORKS = multiprocessing.get_context("forkserver")  # processes that share one import of the libraries
+FORKS.set_forkserver_preload(["aligned_mllm.train", "aligned_mllm.cli", "aligned_mllm.experiments.run"])
 
 
-def train_command(recipe: str, data: Path, output: Path, *settings: str, processes: int = 1) -> list[str]:
-    """`accelerate launch -m aligned_mllm.train ...`, on CPU. With --cpu alone accelerate starts
-    one process, however many are asked for."""
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu" if processes > 1 else "--cpu",
-        "--num_processes",
-        str(processes),
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "aligned_mllm.train",
-    ]
-    settings = (*settings, "use_cpu=true")
-    return [
-        *launch,
-        "--recipe",
-        recipe,
-        "--data",
-        str(data),
-        "--output",
-        str(output),
-        *(part for text in settings for part in ("--set", text)),
-    ]
+def train_words(recipe: str, data: Path, output: Path, *settings: str) -> list[str]:
+    "The words of the command, after `accelerate launch -m aligned_mllm.train`, on CPU."
+    words = ["--recipe", recipe, "--data", str(data), "--output", str(output)]
+    return words + [part for text in (*settings, "use_cpu=true") for part in ("--set", text)]
 
 
-def train(*arguments, processes: int = 1, **keywords) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        train_command(*arguments, processes=processes),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **keywords,
-    )
+def launch(*arguments, processes: int) -> subprocess.CompletedProcess:
+    "`accelerate launch`, as a user types it."
+    options = f"--multi_gpu --num_processes {processes} --num_machines 1 --main_process_port 0"
+    options += " --mixed_precision no --dynamo_backend no -m aligned_mllm.train"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    command += train_words(*arguments)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def into_file(log: Path) -> None:
+    "Append to a file what this process prints."
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def train_here(log: Path, words: list[str], **variables: str) -> None:
+    "The command in this process, which FORKS has started; what it prints is appended to a file."
+    os.environ.update(ENVIRONMENT, **variables)
+    into_file(log)
+    sys.exit(main(words))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def train(*arguments, processes: int = 1) -> tuple[list[int], str]:
+    "Exit statuses of the command's processes, and what they printed."
+    output = arguments[2]
+    log = output.parent / f"{output.name}.log"
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    started = []
+    for rank in range(processes):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), **together} if processes > 1 else {}
+        process = FORKS.Process(target=train_here, args=(log, train_words(*arguments)), kwargs=variables)
+        process.start()
+        started.append(process)
+    for process in started:
+        process.join(300)
+    return [process.exitcode for process in started], log.read_text()
 
 
 @pytest.fixture(scope="session")

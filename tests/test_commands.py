@@ -17,11 +17,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "aligned_mllm").rglob("*.py"))
 }
-COMMANDS = [
-    name
-    for name, source in MODULES.items()
-    if "__main__" in source or re.search(r"^def main\(", source, re.M)
-]
+COMMANDS = [name for name, source in MODULES.items() if re.search(r"^def main\(", source, re.M)]
 # Arguments of each command that argparse accepts and the command must refuse; FILE is a file, not a folder.
 BAD = {
     "aligned_mllm.apps.serve": ["--runs", "FILE"],
@@ -51,6 +47,8 @@ def arguments_of(name: str, folder: Path) -> list[str]:
 
 def test_every_command_has_a_bad_case():
     assert COMMANDS == sorted(BAD)
+    executed = [name for name, source in MODULES.items() if 'if __name__ == "__main__"' in source]
+    assert set(executed) - set(COMMANDS) == {"aligned_mllm.experiments.workers"}  # started by Worker alone
 
 
 @pytest.mark.parametrize("name", COMMANDS)

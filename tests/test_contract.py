@@ -3,21 +3,21 @@ tried with its own `trial` settings, in the first stage in which it may act."""
 
 import dataclasses
 import importlib
-import json
 import os
 import pkgutil
-import socket
-import subprocess
-import sys
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT
+import torch.distributed as dist
+from accelerate import PartialState
+from conftest import free_port
 from torch import nn
 
 import aligned_mllm.objectives
-from aligned_mllm.core import InputError, checksum, data_folder, load_json, seed_everything
+from aligned_mllm.core import InputError, checksum, data_folder, load_json, save_json, seed_everything
 from aligned_mllm.data.collate import Collator, Samples
 from aligned_mllm.data.records import Records
 from aligned_mllm.models.trainable import STAGES, train_only
@@ -79,23 +79,23 @@ class Head(Objective):
         return self.term((self.linear(states[self.taps[0]]) - wanted).square().sum(), target.count)
 
 
+def trial_model(name: str, data: Path, student=None):
+    "An AlignedModel with one objective beside the text loss, its samples and its processor."
+    kind = objective_class(name)
+    loaded, processor = embedded_model(data_folder() / "parts")
+    student = student or loaded
+    train_only(student, STAGES[kind.stages[-1]])
+    records = Records(data / "train.jsonl", data)
+    objective = kind.build(settings_of(name, kind.trial), Context(student, processor, records, seed=3))
+    objectives = [objective] if name == "text" else [TextLoss(), objective]
+    views = objective.view_pixels()
+    samples = Samples(records, processor, view_pixels={name: views} if views else {})
+    return AlignedModel(student, objectives), samples, processor
+
+
 @pytest.fixture(scope="module")
 def trial(small_data):
-    "Makes an AlignedModel with one objective beside the text loss, and its samples."
-
-    def make(name: str, student=None):
-        kind = objective_class(name)
-        loaded, processor = embedded_model(data_folder() / "parts")
-        student = student or loaded
-        train_only(student, STAGES[kind.stages[-1]])
-        records = Records(small_data / "train.jsonl", small_data)
-        objective = kind.build(settings_of(name, kind.trial), Context(student, processor, records, seed=3))
-        objectives = [objective] if name == "text" else [TextLoss(), objective]
-        views = objective.view_pixels()
-        samples = Samples(records, processor, view_pixels={name: views} if views else {})
-        return AlignedModel(student, objectives), samples, processor
-
-    return make
+    return partial(trial_model, data=small_data)
 
 
 def batch_of(samples, processor, indices) -> dict:
@@ -225,75 +225,42 @@ def test_its_settings_are_reachable_and_checked(name):
     assert kind.stages and set(kind.stages) <= {1, 2, 3}
 
 
-TWO = """
-import os, sys, torch
-sys.path.insert(0, os.environ["TESTS"])
-import torch.distributed as dist
-from test_contract import *
-
-name, data = sys.argv[1:]
-rank = int(os.environ["RANK"])
-torch.set_num_threads(1)
-from accelerate import PartialState
-PartialState(cpu=True)
-
-kind = objective_class(name)
-student, processor = embedded_model(data_folder() / "parts")
-train_only(student, STAGES[kind.stages[-1]])
-records = Records(f"{data}/train.jsonl", data)
-objective = kind.build(settings_of(name, kind.trial), Context(student, processor, records, seed=3))
-views = objective.view_pixels()
-samples = Samples(records, processor, view_pixels={name: views} if views else {})
-model = AlignedModel(student, [objective] if name == "text" else [TextLoss(), objective])
-
-share = [range(5), range(5, COUNT)][rank]
-(batch,) = with_targets([batch_of(samples, processor, share)], model.objectives.values())
-targets = batch["targets"]
-counts = [float(targets[label].count) if label in targets else 0.0 for label in model.objectives]
-counts = torch.tensor(counts)
-dist.all_reduce(counts)
-terms = model(batch)["terms"]
-combine(terms, dict(zip(model.objectives, counts.tolist()))).backward()
-total = terms[-1].total.detach() / counts[-1]
-dist.all_reduce(total)
-gradients = [p.grad.double() for p in objective.parameters() if p.grad is not None]
-size = torch.tensor(sum(gradient.square().sum() for gradient in gradients) + 0.0)
-norm = 0.0
-for p in model.parameters():
-    if p.requires_grad:
-        gradient = p.grad if p.grad is not None else torch.zeros_like(p)
-        dist.all_reduce(gradient)
-        norm += gradient.double().square().sum().item()
-if rank == 0:
-    print("FOUND", json.dumps({"mean": total.item(), "norm": norm**0.5, "count": counts[-1].item()}))
-"""
+def half(rank: int, port: int, name: str, data: str, found: str) -> None:
+    "One of two processes, with its share of the samples; the first writes what both found."
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    PartialState(cpu=True)
+    model, samples, processor = trial_model(name, Path(data))
+    share = [range(5), range(5, COUNT)][rank]
+    (batch,) = with_targets([batch_of(samples, processor, share)], model.objectives.values())
+    targets = batch["targets"]
+    counts = [float(targets[label].count) if label in targets else 0.0 for label in model.objectives]
+    counts = torch.tensor(counts)
+    dist.all_reduce(counts)
+    terms = model(batch)["terms"]
+    combine(terms, dict(zip(model.objectives, counts.tolist()))).backward()
+    total = terms[-1].total.detach() / counts[-1]
+    dist.all_reduce(total)
+    norm = 0.0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            dist.all_reduce(gradient)
+            norm += gradient.double().square().sum().item()
+    if rank == 0:
+        save_json({"mean": total.item(), "norm": norm**0.5, "count": counts[-1].item()}, Path(found))
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_are_one(trial, name, small_data):
+def test_two_processes_are_one(trial, name, small_data, tmp_path):
     model, samples, processor = trial(name)
     means, gradients = step(model, [batch_of(samples, processor, range(COUNT))])
     norm = sum(gradient.double().square().sum().item() for gradient in gradients.values()) ** 0.5
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    tests = os.path.dirname(os.path.abspath(__file__))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, name, str(small_data)],
-            env={**ENVIRONMENT, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TESTS": tests}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert all(process.returncode == 0 for process in processes), (
-        outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    )
-    found = json.loads(outputs[0][0].split("FOUND", 1)[1])
+    settings = (free_port(), name, str(small_data), str(tmp_path / "found.json"))
+    torch.multiprocessing.start_processes(half, settings, nprocs=2, start_method="forkserver")
+    found = load_json(tmp_path / "found.json")
     assert abs(found["mean"] - means[name]) < 1e-5 and abs(found["norm"] - norm) < 1e-4 * max(norm, 1)
 
 

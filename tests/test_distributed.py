@@ -4,12 +4,11 @@ blocks, bf16, padding."""
 import json
 import os
 import shutil
-import socket
 
 import pandas as pd
 import pytest
 import torch
-from conftest import train
+from conftest import free_port, train
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, load_json
@@ -173,8 +172,8 @@ def test_two_processes_with_a_text_only_process_are_one(mixed_data, tmp_path):
     ]
     words += ["evaluation_records=", "records=mixed.jsonl", "per_device_train_batch_size=1"]
     words = [word if not word.startswith("max_steps") else "max_steps=6" for word in words]
-    done = train("scenes_viral", mixed_data, tmp_path / "two", *words, processes=2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    statuses, said = train("scenes_viral", mixed_data, tmp_path / "two", *words, processes=2)
+    assert statuses == [0, 0], said[-2000:]
     run(
         "scenes_viral",
         mixed_data,
@@ -206,8 +205,8 @@ def test_two_processes_compute_blocks_again_by_reentrance(mixed_data, tmp_path):
         "gradient_checkpointing=true",
         'gradient_checkpointing_kwargs={"use_reentrant": true}',
     ]
-    done = train("scenes_lora_viral", mixed_data, tmp_path / "two", *words, processes=2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    statuses, said = train("scenes_lora_viral", mixed_data, tmp_path / "two", *words, processes=2)
+    assert statuses == [0, 0], said[-2000:]
     run(
         "scenes_lora_viral",
         mixed_data,
@@ -365,10 +364,8 @@ def test_shared_out_weights_are_one_process(mixed_data, tmp_path, adapters):
     recipe = {"recipe": "scenes_lora_viral", "lora_dropout": 0.0} if adapters else {}
     trainer, samples = made(mixed_data, tmp_path / "one", records="mixed.jsonl", **recipe)
     losses, gradients = step(trainer, samples)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(sharded, (port, str(mixed_data), str(tmp_path), adapters), nprocs=2)
+    settings = (free_port(), str(mixed_data), str(tmp_path), adapters)
+    torch.multiprocessing.start_processes(sharded, settings, nprocs=2, start_method="forkserver")
     found = torch.load(tmp_path / "found.pt")
     assert found["cut"] and found["units"] >= 1 + 6 and found["back"]
     assert apart(found["losses"], losses) < 1e-5

@@ -4,13 +4,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, FORKS, into_file
 
 from aligned_mllm.experiments import tables
 from aligned_mllm.cli import main
@@ -24,43 +22,38 @@ from aligned_mllm.experiments.plan import QUICK, Plan, joined_plan, prepare_data
 ARMS = ["plain", "viral", "other_image"]
 
 
-def command(*words) -> list[str]:
-    return [sys.executable, "-m", "aligned_mllm.cli", *map(str, words)]
+def command_here(log, *words) -> None:
+    "`aligned-mllm experiment --quick` in this process, which FORKS has started."
+    os.environ.update(ENVIRONMENT)
+    into_file(log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    raise SystemExit(main(["experiment", "--quick", *map(str, words)]))
 
 
-def call(*words, **keywords) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*words), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **keywords
-    )
-
-
-def heed_ctrl_c() -> None:
-    "A shell's background jobs, and what they start, ignore Ctrl-C."
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def started(log, *words):
+    process = FORKS.Process(target=command_here, args=(log, *words))
+    process.start()
+    return process
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     "A quick experiment that was interrupted once, as by Ctrl-C, and gone on with."
     folder = tmp_path_factory.mktemp("quick") / "experiment"
-    process = subprocess.Popen(
-        command("experiment", "--quick", "--output", folder),
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=heed_ctrl_c,
-    )
+    log = folder.parent / "interrupted.txt"
+    process = started(log, "--output", folder)
     while not (folder / "seed0" / "stage1" / "done.json").exists():
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive(), log.read_text()
         time.sleep(0.05)
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() == 130 and "Run the same command again" in process.stdout.read()
-    done = call("experiment", "--quick", "--output", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "said.txt").write_text(done.stdout)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130 and "Run the same command again" in log.read_text()
+    process = started(folder.parent / "said.txt", "--output", folder)
+    process.join()
+    said = (folder.parent / "said.txt").read_text()
+    assert process.exitcode == 0, said[-3000:]
+    (folder / "said.txt").write_text(said)
     return folder
 
 
@@ -120,15 +113,15 @@ def test_arms_share_data_order_and_start(quick):
 
 def test_the_same_words_again_do_nothing_new(quick):
     before = {path: path.stat().st_mtime_ns for path in quick.rglob("done.json")}
-    again = call("experiment", "--quick", "--output", quick)
-    assert again.returncode == 0 and before == {
+    assert main(["experiment", "--quick", "--output", str(quick)]) == 0
+    assert before == {
         path: path.stat().st_mtime_ns for path in quick.rglob("done.json")
     }
 
 
-def test_another_plan_in_the_same_folder_is_refused(quick):
-    refused = call("experiment", "--quick", "--output", quick, "--set", "viral.weight=2.0")
-    assert refused.returncode == 2 and "other settings" in refused.stderr
+def test_another_plan_in_the_same_folder_is_refused(quick, capsys):
+    assert main(["experiment", "--quick", "--output", str(quick), "--set", "viral.weight=2.0"]) == 2
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_a_failing_run_names_its_log(small_data, tmp_path):
@@ -310,15 +303,17 @@ def test_arms_of_the_command_line_and_of_a_file(quick, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(SHORT)
     text = "deep:like=viral,viral.layers=[4,5],label=two deep layers"
-    done = call("experiment", "--quick", "--output", folder, "--arm", text, "--arms-file", file)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = started(tmp_path / "said.txt", "--output", folder, "--arm", text, "--arms-file", file)
+    process.join()
+    said = (tmp_path / "said.txt").read_text()
+    assert process.exitcode == 0, said[-3000:]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert load_json(folder / "seed0" / "deep" / "objectives.json")["viral"]["layers"] == [4, 5]
     curves = pd.read_csv(folder / "curves.csv")
     assert set(curves[curves.name == "loss_short"].arm) == {"short"}
     page = (folder / "report.html").read_text(encoding="utf-8")
     for label in ("two deep layers", "short states"):
-        assert label in page and label in done.stdout
+        assert label in page and label in said
     assert set(load_json(folder / "plan.json")["arms"]) == {*ARMS, "deep", "short"}
     assert main(["experiment", "--quick", "--output", str(folder)]) == 2
     assert f"add --arms-file {file}" in capsys.readouterr().err

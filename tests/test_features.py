@@ -1,24 +1,22 @@
 """Features on disk: the same as in memory, for every family, in bounded memory, after a kill, and refused
 if they are not the requested ones."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import FORKS
 from family_checks import SIZES, photo
 from tiny_models import FAMILIES, tiny
 
 from aligned_mllm.analysis.feature_files import read_features, write_features
 from aligned_mllm.analysis.features import features_beside, own_encoder, picture_batch
 from aligned_mllm.analysis.checkpoints import LoadedModel
-from aligned_mllm.core import InputError
+from aligned_mllm.core import InputError, data_folder, load_json, peak_memory, save_json
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
+from aligned_mllm.worlds.scenes import draw, scenes_of
 from aligned_mllm.worlds.small_models import embedded_model
 from aligned_mllm.models.taps import Taps
 from aligned_mllm.teachers.vision import load_teacher, random_teacher
@@ -65,40 +63,31 @@ def test_encoders_that_can_be_run_apart_and_those_that_cannot(tmp_path):
             write_features(LoadedModel(family, *tiny(family)), PICTURES, tmp_path)
 
 
-WRITE = """
-import sys, time, torch
-from aligned_mllm.analysis.feature_files import write_features
-from aligned_mllm.analysis.checkpoints import LoadedModel
-from aligned_mllm.core import data_folder, peak_memory
-from aligned_mllm.worlds.scenes import draw, scenes_of
-from aligned_mllm.worlds.small_models import embedded_model
-torch.set_num_threads(1)
 class Drawn:
-    "Pictures made when they are asked for."
-    def __init__(self, count, pause):
+    "Images that are drawn when they are taken, and the peak memory at each."
+
+    def __init__(self, count: int, pause: float):
         self.scenes = scenes_of("test", 8, seed=5)
+        self.count = count
         self.pause = pause
         self.peaks = []
-    def __len__(self): return int(sys.argv[2])
+
+    def __len__(self):
+        return self.count
+
     def __getitem__(self, index):
         time.sleep(self.pause)
         self.peaks.append(peak_memory())
         return draw(self.scenes[index % 8])
-drawn = Drawn(int(sys.argv[2]), float(sys.argv[3]))
-loaded = LoadedModel("model", *embedded_model(data_folder() / "parts"))
-write_features(loaded, drawn, sys.argv[1], batch_size=8)
-print(drawn.peaks[len(drawn.peaks) // 6], drawn.peaks[-1])
-"""
 
 
-def start(folder, count, pause=0.0):
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITE, str(folder), str(count), str(pause)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def write(folder, count, pause=0.0, found=None) -> None:
+    "Features of the untrained model; where asked, the peak memory after a sixth and at the end."
+    drawn = Drawn(count, pause)
+    loaded = LoadedModel("model", *embedded_model(data_folder() / "parts"))
+    write_features(loaded, drawn, folder, batch_size=8)
+    if found:
+        save_json([drawn.peaks[len(drawn.peaks) // 6], drawn.peaks[-1]], found)
 
 
 def contents(folder):
@@ -111,9 +100,10 @@ def contents(folder):
 
 def test_memory_does_not_grow_with_the_pictures(tmp_path):
     "Five sixths of 900 pictures add less memory than a third of what they leave on disk."
-    output, errors = start(tmp_path, 900).communicate(timeout=200)
-    assert output, errors
-    before, after = map(float, output.split())
+    process = FORKS.Process(target=write, args=(tmp_path, 900, 0.0, tmp_path / "peaks.json"))
+    process.start()
+    process.join()
+    before, after = load_json(tmp_path / "peaks.json")
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.npy")) / 2**20 * 5 / 6
     assert written > 30 and after - before < written / 3, (before, after, written)
 
@@ -121,18 +111,19 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path):
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
-    assert start(whole, 60).wait(timeout=100) == 0
-    process = start(broken, 60, pause=0.02)
+    write(whole, 60)
+    process = FORKS.Process(target=write, args=(broken, 60, 0.02))
+    process.start()
     note = broken / "model" / "progress.json"
-    while not note.exists() and process.poll() is None:
+    while not note.exists() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=20)
+    process.terminate()
+    process.join()
     with pytest.raises(InputError, match="of 60 pictures"):
         read_features(broken)
     with open(broken / "model" / "layer_002.npy", "ab") as file:
         file.write(b"half a batch that was not committed")
-    assert start(broken, 60).wait(timeout=100) == 0
+    write(broken, 60)
     assert contents(whole) == contents(broken) and len(read_features(broken)["model"].states(2)) == 1500
 
 

@@ -2,10 +2,9 @@
 features, and that nothing changes them."""
 
 import copy
+import itertools
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import FORKS
 from safetensors.torch import load_file, save_file
 from teacher_checks import DEVIATION, MEAN, PATCH, VISION, checked, tiny
 
@@ -643,32 +643,26 @@ def test_cache_has_a_limit(teachers, pictures, tmp_path):
     assert reopened.get(pictures / "a.png", WHOLE, (10, 100)) is not None
 
 
-WRITER = """
-import sys, torch
-from aligned_mllm.teachers.cache import FeatureCache
-from aligned_mllm.teachers.vision import load_teacher
-cache = FeatureCache(sys.argv[1], load_teacher(sys.argv[2]))
-for count in range(100000):
-    cache.put(sys.argv[3], (0, 0, 1, 1), (count + 1, 1), torch.full((500000,), float(count)))
-    print(count, flush=True)
-"""
+def write_entries(folder, teacher, image) -> None:
+    "One entry after another, until it is stopped."
+    cache = FeatureCache(folder, load_teacher(teacher))
+    for count in itertools.count():
+        cache.put(image, (0, 0, 1, 1), (count + 1, 1), torch.full((500000,), float(count)))
 
 
 def test_cache_survives_being_killed_while_it_writes(folders, teachers, pictures, tmp_path):
     folder = tmp_path / "features"
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, folder, folders["dinov2"], pictures / "a.png"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for _ in range(3):
-        process.stdout.readline()
+    arguments = (folder, folders["dinov2"], pictures / "a.png")
+    process = FORKS.Process(target=write_entries, args=arguments)
+    process.start()
+    while len(list(folder.rglob("*.safetensors"))) < 3:
+        assert process.is_alive()
     until = time.time() + 20  # end it when a half file is there
     while time.time() < until and not list(folder.rglob("*.part")):
         pass
     process.terminate()
-    process.wait()
-    assert process.returncode < 0
+    process.join()
+    assert process.exitcode < 0
     cache = FeatureCache(folder, teachers["dinov2"])
     whole = 0
     entries = len(list(folder.rglob("*.safetensors")))

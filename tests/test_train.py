@@ -1,7 +1,7 @@
 "Training: trained parameters, exact normalisation, interruption, processes, export, faults."
 
 import json
-import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,7 +11,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, train, train_command
+from conftest import ENVIRONMENT, FORKS, launch, train, train_here, train_words
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, checksum, load_json
@@ -104,7 +104,7 @@ def test_accumulated_batches_are_one_large_batch(one_run, small_data, tmp_path):
 
 def test_two_processes_are_one(one_run, small_data, tmp_path):
     words = [word for word in WORDS if "batch_size" not in word] + ["per_device_train_batch_size=4"]
-    done = train("scenes_viral", small_data, tmp_path / "run", *words, processes=2)
+    done = launch("scenes_viral", small_data, tmp_path / "run", *words, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("loss_text", "loss_viral", "accuracy"):
         assert (losses(one_run, name) - losses(tmp_path / "run", name)).abs().max() < 1e-3, name
@@ -113,26 +113,23 @@ def test_two_processes_are_one(one_run, small_data, tmp_path):
 def test_killed_and_run_again_is_bit_equal(small_data, tmp_path):
     words = [
         *(word for word in WORDS if "steps" not in word),
-        "max_steps=60",
-        "logging_steps=10",
-        "save_steps=10",
-        "eval_steps=20",
+        "max_steps=24",
+        "logging_steps=4",
+        "save_steps=4",
+        "eval_steps=8",
     ]
-    assert train("scenes_viral", small_data, tmp_path / "whole", *words).returncode == 0
-    process = subprocess.Popen(
-        train_command("scenes_viral", small_data, tmp_path / "killed", *words),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    assert train("scenes_viral", small_data, tmp_path / "whole", *words)[0] == [0]
+    again = train_words("scenes_viral", small_data, tmp_path / "killed", *words)
+    process = FORKS.Process(target=train_here, args=(tmp_path / "log", again))
+    process.start()
     while not list((tmp_path / "killed").glob("checkpoint-*/whole.json")):
-        assert process.poll() is None, "ended before it could be killed"
+        assert process.is_alive(), "ended before it could be killed"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "done.json").exists()
-    again = train("scenes_viral", small_data, tmp_path / "killed", *words)
-    assert again.returncode == 0 and load_json(tmp_path / "killed" / "done.json")["resumed"]
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed" / "done.json").exists()
+    assert train("scenes_viral", small_data, tmp_path / "killed", *words)[0] == [0]
+    assert load_json(tmp_path / "killed" / "done.json")["resumed"]
     for name in ("model/model.safetensors", "objectives.safetensors", "curves.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 
@@ -298,23 +295,24 @@ def test_a_malformed_record_is_named_or_left_out(small_data, tmp_path):
     ).tolist() == [True]
 
 
+def train_on_a_full_disk(log, words) -> None:
+    "No file may grow beyond 1 MiB."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    train_here(log, words)
+
+
 def test_a_full_disk_is_one_message_and_a_clean_resume(small_data, tmp_path):
-    "No file may grow beyond 1 MiB: the first checkpoint cannot be written."
+    "The first checkpoint cannot be written."
     words = [word for word in WORDS if "save_steps" not in word] + ["save_steps=2"]
-    command = train_command("scenes_viral", small_data, tmp_path / "run", *words)
-    limited = [
-        sys.executable,
-        "-c",
-        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
-        "os.execv(sys.argv[1], sys.argv[1:])",
-        *command,
-    ]
-    failed = subprocess.run(limited, env=ENVIRONMENT, capture_output=True, text=True)
-    assert failed.returncode != 0 and "run the same command again" in failed.stderr
+    command = train_words("scenes_viral", small_data, tmp_path / "run", *words)
+    process = FORKS.Process(target=train_on_a_full_disk, args=(tmp_path / "log", command))
+    process.start()
+    process.join()
+    assert process.exitcode == 3 and "run the same command again" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run" / "done.json").exists() and not list(
         (tmp_path / "run").glob("checkpoint-*/whole.json")
     )
-    assert train("scenes_viral", small_data, tmp_path / "run", *words).returncode == 0
+    assert train("scenes_viral", small_data, tmp_path / "run", *words)[0] == [0]
     assert checksum(load_file(tmp_path / "run" / "model" / "model.safetensors"))
 
 

@@ -163,15 +163,15 @@ def run_jobs(
     waiting = [job for job in jobs if not job.done]
     running = {}
     threads = max(1, (os.cpu_count() or 1) // workers)
-    idle = [Worker(threads) for _ in range(min(workers, len(waiting)))]
+    idle = []
     done = sum(job.steps_done for job in jobs)
     total = sum(job.steps for job in jobs)
     with tqdm(total=total, desc="training", unit="step", initial=done, smoothing=0.05) as bar:
         try:
             while waiting or running:
                 ready = [job for job in waiting if job.after is None or (job.after / "done.json").is_file()]
-                for job in ready[: len(idle)]:
-                    running[job] = idle.pop()
+                for job in ready[: workers - len(running)]:
+                    running[job] = idle.pop() if idle else Worker(threads)
                     job.start(running[job])
                     waiting.remove(job)
                 time.sleep(0.2)
