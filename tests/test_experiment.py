@@ -8,16 +8,23 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ENVIRONMENT, FORKS, into_file
 
+from aligned_mllm.analysis.cknna import cknna
+from aligned_mllm.analysis.features import picture_batch
 from aligned_mllm.experiments import tables
 from aligned_mllm.cli import main
 from aligned_mllm.core import InputError, load_json
+from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.evals.task import score_run
 from aligned_mllm.experiments.arms import ARMS as REGISTERED
 from aligned_mllm.experiments.arms import Arm, arm_from_text, register_arm
 from aligned_mllm.experiments.jobs import Job, graph_of, run_jobs
 from aligned_mllm.experiments.plan import QUICK, Plan, joined_plan, prepare_data
+from aligned_mllm.models.load import load_model
+from aligned_mllm.models.taps import Taps
+from aligned_mllm.teachers.vision import encoder_teacher, load_teacher
 
 ARMS = ["plain", "viral", "other_image"]
 
@@ -211,25 +218,28 @@ def test_the_report_in_a_browser(quick):
         assert said == [] and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
 
 
-def test_cknna_opens_pictures_and_runs_each_teacher_once_a_seed(quick, tmp_path, monkeypatch):
+def test_cknna_opens_pictures_once_a_seed_and_equals_the_formula(quick, tmp_path, monkeypatch):
     folder = shutil.copytree(quick, tmp_path / "copy")
-    asked = []
+    opened = []
     files = {path: path.read_bytes() for path in folder.glob("seed0/*/cknna_*.csv")}
-    for name in ("open_image", "reference_features"):
-        plain = getattr(tables, name)
-        monkeypatch.setattr(
-            tables,
-            name,
-            lambda first, *rest, plain=plain: (
-                asked.append(getattr(first, "name", "picture")) or plain(first, *rest)
-            ),
-        )
+    open_image = tables.open_image
+    monkeypatch.setattr(tables, "open_image", lambda *words: opened.append(open_image(*words)) or opened[-1])
     for path in files:
         path.unlink()
     found = tables.read_cknna(Plan(**QUICK), folder)
-    assert {name: asked.count(name) for name in set(asked)} == {"picture": 40, "encoder": 1, "dense": 1}
+    assert len(opened) == 40
     assert len(files) == 3 and all(path.read_bytes() == before for path, before in files.items())
     pd.testing.assert_frame_equal(found.reset_index(drop=True), pd.read_csv(folder / "cknna.csv"))
+    model, processor = load_model(folder / "seed0" / "viral" / "model")
+    batch = picture_batch(processor, opened)
+    with torch.inference_mode(), Taps(model, [3]) as taps:
+        model(**model_inputs(batch))
+    states = taps.states(3, batch["visual_mask"])
+    references = {"encoder": encoder_teacher(model, processor), "teacher": load_teacher("dense")}
+    rows = found.query("arm == 'viral' and layer == 3").set_index("reference")
+    for name, teacher in references.items():
+        grids = teacher.features(teacher.pixels(opened))
+        assert rows.value[name] == pytest.approx(cknna(states, grids.flatten(0, 1), 10), abs=1e-4)
 
 
 def test_curves_are_those_of_the_plan(quick):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..analysis.cknna_layers import cknna_by_layer
-from ..analysis.features import reference_features, visual_states
+from ..analysis.checkpoints import load_checkpoint
+from ..analysis.cknna_tables import cknna_table
 from ..core import load_json, whole_file
 from ..data.images import open_image
 from ..data.records import Records
@@ -21,8 +21,7 @@ from ..evals.statistics import wilson
 from ..evals.task import score_run
 from .jobs import graph_of
 from .plan import Plan, prepare_data
-from ..models.load import load_model
-from ..teachers.vision import encoder_teacher, load_teacher
+from ..teachers.vision import load_teacher
 
 # %% ../../nbs/lib/experiments/30_tables.ipynb #742e1a5a
 def read_scores(
@@ -92,24 +91,15 @@ def _measure_cknna(
     records = Records(data / "test.jsonl", data, check_images=False)
     names = list(dict.fromkeys(records[index].images[0] for index in range(len(records))))[:pictures]
     images = [open_image(name, data) for name in names]
-    features = {}  # by the checksum of the teacher: an encoder that no arm has trained is one teacher for all
     dense = load_teacher("dense", folder / "parts" / f"seed{seed}" if plan.vary_parts else "")
     folders = graph_of(plan, folder).folders
+    models = [load_checkpoint(folders[seed, arm], arm) for arm in kept]
+    settings = {"k": neighbours, "permutations": permutations, "groups": 0, "seed": seed}
+    table = cknna_table(models, images, teachers={"teacher": dense}, **settings)
+    columns = ["layer", "value", "null_low", "null_high", "reference", "k", "n"]
     for arm, path in kept.items():
-        model, processor = load_model(folders[seed, arm] / "model")
-        states = {
-            layer: value.flatten(0, 1) for layer, value in visual_states(model, processor, images).items()
-        }
-        found = []
-        for reference, teacher in {"encoder": encoder_teacher(model, processor), "teacher": dense}.items():
-            if teacher.checksum not in features:
-                side = round((len(states[0]) / len(images)) ** 0.5)
-                features[teacher.checksum] = reference_features(teacher, images, side).flatten(0, 1)
-            wanted = features[teacher.checksum]
-            table = cknna_by_layer(states, wanted, k=neighbours, permutations=permutations, seed=seed)
-            found.append(table.assign(reference=reference, k=neighbours, n=len(wanted)))
         with whole_file(path) as temporary:
-            pd.concat(found).to_csv(temporary, index=False)
+            table.loc[table.model == arm, columns].to_csv(temporary, index=False)
 
 # %% ../../nbs/lib/experiments/30_tables.ipynb #18db702a
 def read_cknna(

@@ -9,7 +9,6 @@ __all__ = ['TRAIN', 'train_apart', 'serve', 'Worker']
 import importlib
 import json
 import os
-import runpy
 import select
 import signal
 import subprocess
@@ -38,9 +37,7 @@ def train_apart(
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.argv = [TRAIN, *words]
-    runpy.run_module(TRAIN, run_name="__main__", alter_sys=True)
-    sys.exit()
+    sys.exit(importlib.import_module(TRAIN).main(words))
 
 # %% ../../nbs/lib/experiments/15_workers.ipynb #208825fc
 def serve(
