@@ -45,17 +45,17 @@ class InputError(ValueError):
 
     def __init__(
         self,
-        came: str,  # the faulty input, with its place: file, line, id, value
+        found: str,  # the faulty input, with its place: file, line, id, value
         expected: str,  # input that would have been accepted
         remedy: str,  # the next thing to do
     ):
-        super().__init__(came, expected, remedy)
-        self.came = came
+        super().__init__(found, expected, remedy)
+        self.found = found
         self.expected = expected
         self.remedy = remedy
 
     def __str__(self):
-        return f"{self.came}. Expected: {self.expected}. What to do: {self.remedy}."
+        return f"{self.found}. Expected: {self.expected}. What to do: {self.remedy}."
 
 # %% ../nbs/lib/00_core.ipynb #55b7cb9e
 @contextmanager

@@ -102,6 +102,7 @@ NAMES = {
     "seal": "checksum",
     "sealed": "checksum",
     "dressed": "formatted, with_template",
+    "came": "found",
     "carry_out": "train, run",
     "words_of": "vocabulary, tokens_of",
     "one_each": "unique, first_of_each",

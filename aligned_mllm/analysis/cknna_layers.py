@@ -51,7 +51,7 @@ def layers_against(
         try:
             here = space(features, k, normalise, groups, with_self)
         except InputError as error:
-            raise InputError(f"layer {layer}: {error.came}", error.expected, error.remedy) from None
+            raise InputError(f"layer {layer}: {error.found}", error.expected, error.remedy) from None
         length = self_cross(here)
         for name, reference in fixed.items():
             own = (length, lengths[name]) if needs_cka else None

@@ -81,7 +81,7 @@ def uploaded_picture(
             return Picture(open_image("upload", folder, pixel_limit), name)
         except InputError as error:
             raise InputError(
-                f"{name!r}: {error.came.split(': ', 1)[-1]}", error.expected, "choose another file"
+                f"{name!r}: {error.found.split(': ', 1)[-1]}", error.expected, "choose another file"
             ) from None
 
 # %% ../../nbs/lib/apps/00_session.ipynb #e3c17189

@@ -76,11 +76,12 @@ def open_image(
                 raise ValueError(f"{image.width} x {image.height} pixels, the limit is {pixel_limit}")
             return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        came = "not in a supported format"
+        fault = "not in a supported format"
     except _DECODER_ERRORS as error:
-        came = f"{type(error).__name__}, {error}" if type(error) not in (ValueError, OSError) else str(error)
+        plain = type(error) in (ValueError, OSError)
+        fault = str(error) if plain else f"{type(error).__name__}, {error}"
     raise InputError(
-        f"image {name!r} in {image_folder}: {came}",
+        f"image {name!r} in {image_folder}: {fault}",
         f"a complete image ({', '.join(IMAGE_FORMATS)}) of at most {pixel_limit} pixels",
         "replace the file, or leave its record out",
     )

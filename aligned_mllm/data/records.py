@@ -103,9 +103,9 @@ def _parse_turns(
         raise InputError(f'{place}: "conversations" is {str(texts)[:60]!r}', "a list of turns", remedy)
     for number, turn in enumerate(texts, 1):
         speaker = "human" if number % 2 else "gpt"
-        came = turn.get("from") if isinstance(turn, dict) else turn
-        if came != speaker:
-            fault = f"{place}: turn {number} is from {str(came)[:40]!r}"
+        named = turn.get("from") if isinstance(turn, dict) else turn
+        if named != speaker:
+            fault = f"{place}: turn {number} is from {str(named)[:40]!r}"
             raise InputError(fault, f"{speaker!r}, as they alternate", remedy)
         if not _is_text(turn.get("value")):
             fault = f"{place}: turn {number} says {str(turn.get('value'))[:40]!r}"
@@ -211,7 +211,7 @@ def _check_sample(
         for name in record.images:
             find_image(name)
     except InputError as error:
-        raise InputError(f"{_place_of(raw, where)}: {error.came}", error.expected, error.remedy) from None
+        raise InputError(f"{_place_of(raw, where)}: {error.found}", error.expected, error.remedy) from None
     return record
 
 # %% ../../nbs/lib/data/06_records.ipynb #2b666e3a
@@ -240,7 +240,7 @@ def scan_file(
                 if not leave_out:
                     raise
                 identity = str(raw["id"]) if isinstance(raw, dict) and "id" in raw else ""
-                reason = error.came.removeprefix(f"{_place_of(raw, where)}: ")
+                reason = error.found.removeprefix(f"{_place_of(raw, where)}: ")
                 left_out.append(LeftOut(where, identity, reason))
             bar.update(start + length - bar.n)
     if not spans:

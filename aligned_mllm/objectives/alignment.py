@@ -42,13 +42,13 @@ def counted_tokens(
     """How many counted tokens each of the W views has. Raises InputError for grids that do not cover the
     V tokens."""
     if grids is None or int(grids.prod(1).sum()) != count:
-        came = (
+        found = (
             "no grids"
             if grids is None
             else f"views of {grids.tolist()} with {int(grids.prod(1).sum())} tokens"
         )
         raise InputError(
-            came,
+            found,
             f"rows and columns of every view, {count} visual tokens in all",
             "pass the batch's own grids with its states",
         )

@@ -326,8 +326,8 @@ def inside(
 
     wrong = sorted(set(measures) - set(MEASURES))
     if wrong or not 1 <= len(runs) <= MOST:
-        came = f"measures {wrong}" if wrong else f"{len(runs)} runs"
-        raise InputError(came, f"1 to {MOST} runs, measures from {list(MEASURES)}", "correct the call")
+        found = f"measures {wrong}" if wrong else f"{len(runs)} runs"
+        raise InputError(found, f"1 to {MOST} runs, measures from {list(MEASURES)}", "correct the call")
     case = case_of(runs, output, **settings)
     sections = []
     for name in (bar := tqdm(list(measures) or list(MEASURES), desc="inside")):

@@ -22,8 +22,8 @@ def formula(
     try:
         made = convert(text, display="block" if block else "inline")
     except Exception as error:  # of many classes
-        came = f"formula {text!r}: {type(error).__name__} {error}"
-        raise InputError(came, "LaTeX that latex2mathml can read", remedy) from error
+        found = f"formula {text!r}: {type(error).__name__} {error}"
+        raise InputError(found, "LaTeX that latex2mathml can read", remedy) from error
     unknown = re.findall(r">(\\[a-zA-Z]+)", made)
     if unknown:
         raise InputError(f"formula {text!r} with {unknown[0]}", "commands that latex2mathml knows", remedy)
