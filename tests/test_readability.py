@@ -44,3 +44,12 @@ def test_lessons_show_what_they_define():
     names = {(path, name) for path in LIBRARY for source in exported(path) for name in public_names(source)}
     shown = {(path, name) for path, name in names if re.search(rf"\b{name}\b", "\n".join(lessons(path)))}
     assert len(shown) >= 0.9 * len(names), sorted(f"{path.stem}.{name}" for path, name in names - shown)
+
+
+def test_a_public_name_has_one_meaning():
+    "Every command has its `main`, and every table of recipes its BOOK."
+    homes = {}
+    for path in LIBRARY:
+        for name in {name for source in exported(path) for name in public_names(source)} - {"main", "BOOK"}:
+            homes.setdefault(name, []).append(path.stem)
+    assert {name: pages for name, pages in homes.items() if len(pages) > 1} == {}

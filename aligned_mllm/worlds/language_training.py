@@ -14,7 +14,7 @@ from ..core import seed_everything
 from ..models.compose import word_tokenizer
 from .questions import CATEGORIES, Balance, caption, textual_scene, vocabulary
 from .scenes import Scene
-from .small_models import HEADS, WIDTH
+from .small_models import ATTENTION_HEADS, WIDTH
 from .vision_training import fit
 
 # %% ../../nbs/lib/worlds/50_language_training.ipynb #57c2268f
@@ -60,7 +60,7 @@ def train_language_model(
         hidden_size=WIDTH,
         intermediate_size=176,
         num_hidden_layers=6,
-        num_attention_heads=HEADS,
+        num_attention_heads=ATTENTION_HEADS,
         max_position_embeddings=512,
         initializer_range=0.1,
         bos_token_id=tokenizer.bos_token_id,

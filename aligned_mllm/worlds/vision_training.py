@@ -20,7 +20,7 @@ from ..core import seed_everything
 from ..models.compose import word_tokenizer
 from .questions import vocabulary
 from .scenes import Scene, draw, label_map
-from .small_models import HEADS, IMAGE_SIZE, PATCH_SIZE, WIDTH
+from .small_models import ATTENTION_HEADS, IMAGE_SIZE, PATCH_SIZE, WIDTH
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #8d01344a
 def draw_pixels(
@@ -76,7 +76,7 @@ def train_encoder(
     seed_everything(seed)
     random = np.random.default_rng(seed)
     tokenizer = word_tokenizer(vocabulary())
-    tower = {"hidden_size": WIDTH, "intermediate_size": 176, "num_attention_heads": HEADS}
+    tower = {"hidden_size": WIDTH, "intermediate_size": 176, "num_attention_heads": ATTENTION_HEADS}
     tower |= {"projection_dim": WIDTH}
     text = {
         **tower,
@@ -145,7 +145,8 @@ def vision_transformer(
     from transformers import Dinov2Config, Dinov2Model
 
     seed_everything(seed)
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": HEADS, "mlp_ratio": 3}
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "mlp_ratio": 3}
+    sizes["num_attention_heads"] = ATTENTION_HEADS
     image = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
     return Dinov2Model(Dinov2Config(**sizes, **image, initializer_range=0.08))
 
