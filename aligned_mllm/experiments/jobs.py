@@ -158,9 +158,9 @@ def run_jobs(
     jobs: list[Job],
     workers: int,  # runs at the same time
 ) -> None:
-    """Run what is not done, in order, with progress. On failure or Ctrl-C the others are stopped and keep
-    their checkpoints. Raises InputError."""
-    waiting = [job for job in jobs if not job.done]
+    """Run what is not done, with progress: first the runs that others start from. On failure or Ctrl-C the
+    others are stopped and keep their checkpoints. Raises InputError."""
+    waiting = sorted((job for job in jobs if not job.done), key=lambda job: job.after is not None)
     running = {}
     threads = max(1, (os.cpu_count() or 1) // workers)
     idle = []
