@@ -26,6 +26,7 @@ MODULES = sorted(
     path for path in (ROOT / "aligned_mllm").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")
 )
 TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 def tracked() -> str:
@@ -59,7 +60,7 @@ class Page(HTMLParser):
         self.links = []
         self.loaded = []
         self.words = []
-        self.open = []
+        self.open = []  # each with whether it lies in the article, and whether it is left out there
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -75,20 +76,20 @@ class Page(HTMLParser):
         ):
             self.loaded.append(values["href"])
         if tag not in ("img", "br", "hr", "meta", "link", "input", "source", "col"):
-            self.open.append((tag, values.get("class") or "", values.get("id") or ""))
+            _, article, left_out = self.open[-1] if self.open else ("", False, False)
+            article |= tag in ("article", "h1")
+            left_out |= tag in ("script", "style", "button") or "headerlink" in (values.get("class") or "")
+            self.open.append((tag, article, left_out))
 
     def handle_endtag(self, tag):
-        if tag in [name for name, *_ in self.open]:
+        if self.open and self.open[-1][0] == tag:
+            self.open.pop()
+        elif tag in [name for name, *_ in self.open]:
             while self.open.pop()[0] != tag:
                 pass
 
     def handle_data(self, data):
-        inside = [tag for tag, *_ in self.open]
-        if (
-            ("article" in inside or "h1" in inside)
-            and not {"script", "style", "button"} & {*inside}
-            and not any("headerlink" in name for _, name, _ in self.open)
-        ):
+        if self.open and self.open[-1][1:] == (True, False):
             self.words += data.split()
 
 
@@ -100,13 +101,14 @@ def page(path: Path) -> Page:
 def broken_links(folder: Path) -> list[str]:
     "Links and anchors of the pages below a folder that lead nowhere."
     found = []
+    exists = functools.cache(Path.is_file)
     for path in sorted(folder.rglob("*.html")):
         for address in [*page(path).links, *page(path).loaded]:
             parts = urlparse(address)
             if parts.scheme or parts.netloc:
                 continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if not target.is_file():
+            target = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
+            if not exists(target):
                 found.append(f"{path.relative_to(folder)}: {address}")
             elif (
                 parts.fragment
@@ -320,39 +322,76 @@ def browser():
         found.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser):
+    "What all tabs share: the memory of the browser."
+    return browser.new_context(reduced_motion="reduce")
+
+
+@pytest.fixture(scope="module")
+def faults() -> list[str]:
+    "Requests to elsewhere, requests that failed, and errors of the console."
+    return []
+
+
+@pytest.fixture(scope="module")
+def tabs() -> dict:
+    "Tabs that stay open for the next test of their page, by its name."
+    return {}
+
+
 @pytest.fixture
-def opened(browser, address):
-    "Opens pages; fails at the end for requests to elsewhere and for errors of the console."
-    faults = []
-    contexts = []
+def opened(context, address, faults, tabs):
+    "Opens pages; fails at the end for faults of any tab."
 
     def open_page(name: str, scheme: str = "light", width: int = 1280, base: str = address):
-        context = browser.new_context(
-            color_scheme=scheme, viewport={"width": width, "height": 900}, reduced_motion="reduce"
-        )
-        contexts.append(context)
         tab = context.new_page()
-        tab.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith((base, "data:", "blob:"))
-                else faults.append(f"{name} asks for {request.url}")
-            ),
-        )
+        adjust(tab, scheme, width)
+
+        def check(request):
+            if not request.url.startswith((base, "data:", "blob:")):
+                faults.append(f"{name} asks for {request.url}")
+
+        def listen(message):
+            if message.type == "error":
+                faults.append(f"{name}: {message.text}")
+
+        tab.on("request", check)
         tab.on("requestfailed", lambda request: faults.append(f"{name}: {request.url} failed"))
-        tab.on(
-            "console",
-            lambda message: faults.append(f"{name}: {message.text}") if message.type == "error" else None,
-        )
+        tab.on("console", listen)
         tab.on("pageerror", lambda error: faults.append(f"{name}: {error}"))
         tab.goto(urljoin(base, name), wait_until="networkidle")
         return tab
 
     yield open_page
-    for context in contexts:
-        context.close()
-    assert faults == []
+    for tab in context.pages:
+        if tab not in tabs.values():
+            tab.close()
+    found = [*faults]
+    faults.clear()
+    assert found == []
+
+
+@pytest.fixture
+def seen(opened, tabs):
+    "Shows pages to tests that only look: a page is loaded once for all its widths and themes."
+
+    def show(name: str, scheme: str = "light", width: int = 1280):
+        if name not in tabs:
+            tabs[name] = opened(name, scheme, width)
+        adjust(tabs[name], scheme, width)
+        return tabs[name]
+
+    return show
+
+
+def adjust(tab, scheme: str, width: int) -> None:
+    "Theme and width of a tab; figures are drawn again at the next frame."
+    tab.bring_to_front()
+    tab.emulate_media(color_scheme=scheme)
+    if tab.viewport_size != {"width": width, "height": 900}:
+        tab.set_viewport_size({"width": width, "height": 900})
+    tab.evaluate(FRAMES)
 
 
 def keep(tab, name: str, **options):
@@ -367,7 +406,7 @@ def brightness(tab, selector: str, of: str = "color") -> float:
     return sum(map(float, numbers[:3])) / 3
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["dark", "light"])  # loaded dark, and changed to light
 @pytest.mark.parametrize(
     "name",
     [
@@ -379,8 +418,8 @@ def brightness(tab, selector: str, of: str = "color") -> float:
         "runs/main_job",
     ],
 )
-def test_pages_show_in_light_and_dark_and_on_a_telephone(opened, name, scheme):
-    tab = opened(f"{name}.html", scheme)
+def test_pages_show_in_light_and_dark_and_on_a_telephone(seen, name, scheme):
+    tab = seen(f"{name}.html", scheme)
     ground = brightness(tab, "body", "backgroundColor")
     text = brightness(tab, "article p")
     assert abs(ground - text) > 120 and (ground > 128) == (scheme == "light")
@@ -415,8 +454,8 @@ def test_figures_react(opened):
 
 
 @pytest.mark.parametrize("name", ["index", "lib/site.build", "tutorials/own_model", "explanations/shapes"])
-def test_no_code_is_cut_off(opened, name):
-    tab = opened(f"{name}.html", width=1300)
+def test_no_code_is_cut_off(seen, name):
+    tab = seen(f"{name}.html", width=1300)
     cut_off = "node => node.scrollWidth > node.clientWidth + 1"
     cut = f"nodes => nodes.filter({cut_off}).map(node => node.textContent.slice(0, 80))"
     assert tab.locator("article pre").count() > 2 and tab.locator("article pre").evaluate_all(cut) == []
@@ -424,12 +463,12 @@ def test_no_code_is_cut_off(opened, name):
     keep(tab, f"{name.replace('/', '_')}_code", full_page=name == "index")
 
 
+@pytest.mark.parametrize("width", [1300, 1000])
 @pytest.mark.parametrize(
     "name", ["tutorials/first_hour", "explanations/methods", "lib/analysis.entropy", "lib/analysis.pca"]
 )
-@pytest.mark.parametrize("width", [1300, 1000])
-def test_titles_of_figures_are_not_cut_off(opened, name, width):
-    tab = opened(f"{name}.html", width=width)
+def test_titles_of_figures_are_not_cut_off(seen, name, width):
+    tab = seen(f"{name}.html", width=width)
     for figure in tab.locator(".plotly-figure").all():
         figure.scroll_into_view_if_needed()
         title = figure.locator("svg .gtitle").first
@@ -453,6 +492,7 @@ def test_the_switch_of_the_theme_takes_figures_along(opened):
         tab.locator(".theme-toggle-content .theme-toggle").click()
         if tab.evaluate("document.body.dataset.theme") == "dark":
             break
+    tab.evaluate("localStorage.clear()")  # the next tab is as its own test wants it
     tab.wait_for_timeout(500)
     assert brightness(figure, "svg .gtitle", "fill") > light + 80
 
@@ -471,8 +511,8 @@ def test_the_search_finds_a_name(opened, site, how):
     assert urlparse(tab.url).path.endswith("/lib/analysis.cknna_layers.html")
 
 
-def test_formulas_are_drawn_in_the_font_for_them(opened):
-    tab = opened("explanations/methods.html")
+def test_formulas_are_drawn_in_the_font_for_them(seen):
+    tab = seen("explanations/methods.html")
     assert tab.evaluate("document.fonts.load('16px \"STIX Two Math\"').then(found => found.length)") == 1
     sizes = tab.locator("math[display=block]").evaluate_all(
         "nodes => nodes.map(node => node.getBoundingClientRect()).map(box => [box.width, box.height])"
