@@ -153,7 +153,6 @@ def link_pages(
 
     up = "../" * page.count("/")
     host = get_config().doc_host.rstrip("/")
-    notebooks = {notebook.resolve(): name for name, notebook in known.items()}
 
     def of_name(found):
         target = f"{page_name(found[1])}.html{found[2]}"
@@ -161,7 +160,8 @@ def link_pages(
 
     def of_file(found):
         beside = known[page].parent if page in known else Path("nbs")
-        target = notebooks.get((beside / found[1]).resolve())
+        file = (beside / found[1]).resolve()
+        target = next((name for name, notebook in known.items() if notebook.resolve() == file), None)
         return f"]({up}{target}.html{found[2]}" if target else found[0]
 
     def of_code(found):
