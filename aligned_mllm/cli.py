@@ -23,7 +23,7 @@ def _add_experiment_options(
     job: argparse.ArgumentParser,  # of the command experiment
 ) -> None:
     "Add the options of the main job to a parser."
-    job.add_argument("--output", default="", help="folder of the experiment (default: runs/RECIPE)")
+    job.add_argument("--output", default="", help="its folder (default: runs/RECIPE, or runs/RECIPE_quick)")
     job.add_argument(
         "--recipe", default="scenes", help="scenes (drawn data) or nlvr (human statements; needs --data)"
     )

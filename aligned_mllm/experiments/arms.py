@@ -384,6 +384,8 @@ def arm_from_text(
             stage = "stage1" if key.startswith("stage1.") else "stage2"
             setting, parsed = parsed_setting(f"{key.removeprefix(f'{stage}.')}={value}")
             stages[stage][setting] = parsed
+    changes = ", ".join(word for word in words if word.split("=")[0] not in ("like", *DESCRIBED))
+    facts.setdefault("description", f"as {like}, with {changes}" if like else changes)
     return replace(start, **stages, **facts)
 
 # %% ../../nbs/lib/experiments/00_arms.ipynb #fb581660

@@ -147,13 +147,14 @@ def claim_folder(
 def objectives_record(
     config: AlignConfig,
 ) -> dict[str, dict]:
-    "For each objective that has them: layers, teacher and where embedded parts lie, for reports and figures."
+    """For each objective beside the text loss: its layers and teacher, if it has them, and where embedded parts
+    lie, for reports and figures."""
     found = {}
     for label, settings in config.active_objectives.items():
-        values = vars(settings)
-        if "layers" in values:
+        if label != "text":
+            values = vars(settings)
             found[label] = {
-                "layers": values["layers"],
+                "layers": values.get("layers", []),
                 "teacher": values.get("teacher", ""),
                 "parts": config.parts,
                 "settings": values,
@@ -227,9 +228,11 @@ def train_and_finish(
 def report_parameters(
     trainer: AlignTrainer,
 ) -> None:
-    "Print and save which parameters train, and which records are left out."
+    "Print the loss; print and save which parameters train, and which records are left out."
     output = Path(trainer.args.output_dir)
     model = trainer.model
+    terms = [f"{objective.weight:g} x {label}" for label, objective in model.objectives.items()]
+    print(f"loss = {' + '.join(terms)}")
     objectives = {label: objective for label, objective in model.objectives.items() if objective.state_dict()}
     audit = parameter_audit(model.student, objectives or None)
     print(audit.to_string(), flush=True)
