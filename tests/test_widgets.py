@@ -515,13 +515,34 @@ class Window:
             keep(self.page, f"{self.name}_broken")
         self.page.close()
 
+    def wait_until(self, condition: str, arg=None) -> None:
+        "Ask ten times a second; by default the browser is asked, and draws, sixty times a second."
+        self.page.wait_for_function(condition, arg=arg, polling=100)
+
     def says(self, words: str) -> None:
         "Wait until the widget's message has these words."
-        self.page.wait_for_function(
+        self.wait_until(
             "words => [...document.querySelectorAll('.aligned-message')]"
             ".some(e => e.textContent.includes(words))",
             arg=words,
         )
+
+    def enter(self, address: str, name: str, notebook: str) -> None:
+        "From the first page to an application."
+        self.page.goto(f"{address}/?token=only-here")
+        self.page.get_by_role("link", name=name).click()
+        self.page.get_by_role("heading", name=name).wait_for()
+        assert self.page.url == f"{address}/voila/render/{notebook}.ipynb?token=only-here"
+
+    def leave(self) -> None:
+        "From an application to the first page."
+        self.page.get_by_role("link", name="all applications").click()
+        self.page.get_by_role("heading", name="aligned_mllm").wait_for()
+
+    def asked_only(self, address: str) -> None:
+        "Fails if a request has left the machine."
+        here = (address, address.replace("http", "ws"), "data:", "blob:")
+        assert self.requests and all(url.startswith(here) for url in self.requests), self.requests
 
     def choose(self, label: str, option: str) -> None:
         self.page.locator(".widget-dropdown", has=self.page.get_by_text(label, exact=True)).locator(
@@ -585,7 +606,7 @@ def use_ask(window: Window, timings: dict) -> None:
     page.locator(".aligned-panel").first.scroll_into_view_if_needed()
     assert "click a token" in window.panel(0).text_content() and set(json.loads(window.drawn(0))[0]) == {0}
     window.panel(0).locator(".aligned-token").first.click()
-    page.wait_for_function(
+    window.wait_until(
         "() => document.querySelector('.aligned-panel')"
         ".textContent.includes('attention in layer 1, mean of heads')"
     )
@@ -599,7 +620,7 @@ def use_ask(window: Window, timings: dict) -> None:
     place = {"x": 0.3 * box["width"], "y": 0.5 * box["height"]}
     picture.hover(position=place, force=True)  # scrolls there
     picture.click(position=place, force=True)
-    page.wait_for_function("() => document.querySelectorAll('.aligned-patch').length === 2")
+    window.wait_until("() => document.querySelectorAll('.aligned-patch').length === 2")
     said = window.panel(0).locator(".aligned-patch").text_content()
     assert (
         "Patch 12 (row 3, column 2)" in said
@@ -639,29 +660,22 @@ def test_ask_in_jupyterlab(browser, lab):
         use_ask(window, {"ready_s": round(time.time() - start, 1)})
 
 
-def test_the_first_page_leads_to_both_applications_and_asks_nobody_else(browser, voila):
+def test_the_first_page_links_to_both_applications_and_asks_nobody_else(browser, voila):
     with Window(browser, "start") as window:
         window.page.goto(f"{voila}/?token=only-here")
         assert [link.get_attribute("href") for link in window.page.locator("a").all()] == [
             f"/voila/render/{name}.ipynb?token=only-here" for name in ("ask", "compare")
         ]
         keep(window.page, "start_1")
-        for name in ("Compare two runs", "Ask a checkpoint"):
-            window.page.get_by_role("link", name=name).click()
-            window.page.get_by_role("heading", name=name).wait_for()
-            window.page.get_by_role("link", name="all applications").click()
-            window.page.get_by_role("heading", name="aligned_mllm").wait_for()
         window.page.goto(f"{voila}/voila/tree/nowhere")
         window.page.goto(f"{voila}/voila/tree?classic-tree=true")
-        assert window.requests and all(
-            url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests
-        ), window.requests
+        window.asked_only(voila)
 
 
 def test_ask_as_an_application(browser, voila):
     with Window(browser, "voila") as window:
         start = time.time()
-        window.page.goto(f"{voila}/voila/render/ask.ipynb?token=only-here")
+        window.enter(voila, "Ask a checkpoint", "ask")
         window.says("Ready")
         use_ask(window, {"ready_s": round(time.time() - start, 1)})
         window.page.set_viewport_size({"width": 480, "height": 900})
@@ -670,31 +684,30 @@ def test_ask_as_an_application(browser, voila):
         assert window.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
             "wider than a narrow window"
         )
-        assert all(
-            url.startswith((voila, voila.replace("http", "ws"), "data:", "blob:")) for url in window.requests
-        ), "a request left the machine"
+        window.leave()
+        window.asked_only(voila)
 
 
 def test_compare_as_an_application(browser, voila, session):
     with Window(browser, "compare") as window:
-        window.page.goto(f"{voila}/voila/render/compare.ipynb?token=only-here")
+        window.enter(voila, "Compare two runs", "compare")
         window.says("Choose a question")
         lines = window.page.locator(".widget-select option").count()
         table, said = differing_answers(both_answers(session, ["toy/first", "toy/second"]))
         assert lines == len(table) and said in window.page.text_content("body")
         window.choose("type", "count")
-        window.page.wait_for_function(
+        window.wait_until(
             "lines => document.querySelectorAll('.widget-select option').length < lines", arg=lines
         )
         window.press("Look inside")
         window.says("sliders move both")
-        window.page.wait_for_function(
+        window.wait_until(
             "() => [...document.querySelectorAll('.aligned-panel')]"
             ".every(e => e.textContent.includes('attention in layer 1'))"
         )
         before = [window.drawn(0), window.drawn(1)]
         window.slide("ArrowRight")
-        window.page.wait_for_function(
+        window.wait_until(
             "() => [...document.querySelectorAll('.aligned-panel')]"
             ".every(e => e.textContent.includes('attention in layer 2'))"
         )
@@ -703,6 +716,8 @@ def test_compare_as_an_application(browser, voila, session):
         window.page.get_by_text("Visual tokens as images").scroll_into_view_if_needed()
         keep(window.page, "compare_2")
         assert window.problems == []
+        window.leave()
+        window.asked_only(voila)
 
 
 def test_the_application_gives_nothing_away(voila):
