@@ -147,7 +147,7 @@ def claim_folder(
 def objectives_record(
     config: AlignConfig,
 ) -> dict[str, dict]:
-    """For each objective beside the text loss: its layers and teacher, if it has them, its settings, and where
+    """For each objective beside the text loss: its layers and teacher, if any, its settings, and where
     embedded parts lie; for reports and figures."""
     found = {}
     for label, settings in config.active_objectives.items():
