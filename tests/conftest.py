@@ -2,13 +2,13 @@
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from browser import free_port
 
 import aligned_mllm.experiments.recipes  # noqa: F401  registers the recipes of the small worlds
 from aligned_mllm.core import data_folder
@@ -49,10 +49,12 @@ def train_here(log: Path, words: list[str], **variables: str) -> None:
     sys.exit(main(words))
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def in_fork(function, *arguments):
+    "Run a function in a process of FORKS; the process, which has ended unless it took five minutes."
+    process = FORKS.Process(target=function, args=arguments)
+    process.start()
+    process.join(300)
+    return process
 
 
 def train(*arguments, processes: int = 1) -> tuple[list[int], str]:

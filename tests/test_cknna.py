@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FORKS
+from conftest import in_fork
 
 from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.analysis.cka import cka, cka_null
@@ -355,9 +355,7 @@ def measure_memory(folder, found) -> None:
 
 def test_memory_is_that_of_one_layer(tmp_path):
     "Less than one kernel, which is 191 MiB in float64."
-    process = FORKS.Process(target=measure_memory, args=(tmp_path, tmp_path / "found.json"))
-    process.start()
-    process.join()
+    assert in_fork(measure_memory, tmp_path, tmp_path / "found.json").exitcode == 0
     assert load_json(tmp_path / "found.json") < 160
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from conftest import free_port
+from browser import free_port
 from torch import nn
 
 import aligned_mllm.objectives

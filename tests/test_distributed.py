@@ -8,7 +8,8 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from conftest import free_port, train
+from browser import free_port
+from conftest import train
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, load_json

@@ -54,10 +54,10 @@ def quick(tmp_path_factory):
         time.sleep(0.05)
     time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
-    process.join()
+    process.join(300)
     assert process.exitcode == 130 and "Run the same command again" in log.read_text()
     process = started(folder.parent / "said.txt", "--output", folder)
-    process.join()
+    process.join(300)
     said = (folder.parent / "said.txt").read_text()
     assert process.exitcode == 0, said[-3000:]
     (folder / "said.txt").write_text(said)
@@ -314,7 +314,7 @@ def test_arms_of_the_command_line_and_of_a_file(quick, tmp_path, capsys):
     file.write_text(SHORT)
     text = "deep:like=viral,viral.layers=[4,5],label=two deep layers"
     process = started(tmp_path / "said.txt", "--output", folder, "--arm", text, "--arms-file", file)
-    process.join()
+    process.join(300)
     said = (tmp_path / "said.txt").read_text()
     assert process.exitcode == 0, said[-3000:]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())

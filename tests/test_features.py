@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS
+from conftest import FORKS, in_fork
 from family_checks import SIZES, photo
 from tiny_models import FAMILIES, tiny
 
@@ -100,9 +100,7 @@ def contents(folder):
 
 def test_memory_does_not_grow_with_the_pictures(tmp_path):
     "Five sixths of 900 pictures add less memory than a third of what they leave on disk."
-    process = FORKS.Process(target=write, args=(tmp_path, 900, 0.0, tmp_path / "peaks.json"))
-    process.start()
-    process.join()
+    assert in_fork(write, tmp_path, 900, 0.0, tmp_path / "peaks.json").exitcode == 0
     before, after = load_json(tmp_path / "peaks.json")
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.npy")) / 2**20 * 5 / 6
     assert written > 30 and after - before < written / 3, (before, after, written)

@@ -11,7 +11,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, FORKS, launch, train, train_here, train_words
+from conftest import ENVIRONMENT, FORKS, in_fork, launch, train, train_here, train_words
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, checksum, load_json
@@ -305,9 +305,7 @@ def test_a_full_disk_is_one_message_and_a_clean_resume(small_data, tmp_path):
     "The first checkpoint cannot be written."
     words = [word for word in WORDS if "save_steps" not in word] + ["save_steps=2"]
     command = train_words("scenes_viral", small_data, tmp_path / "run", *words)
-    process = FORKS.Process(target=train_on_a_full_disk, args=(tmp_path / "log", command))
-    process.start()
-    process.join()
+    process = in_fork(train_on_a_full_disk, tmp_path / "log", command)
     assert process.exitcode == 3 and "run the same command again" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run" / "done.json").exists() and not list(
         (tmp_path / "run").glob("checkpoint-*/whole.json")
