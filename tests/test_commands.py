@@ -48,7 +48,7 @@ def arguments_of(name: str, folder: Path) -> list[str]:
 def test_every_command_has_a_bad_case():
     assert COMMANDS == sorted(BAD)
     executed = [name for name, source in MODULES.items() if 'if __name__ == "__main__"' in source]
-    assert set(executed) - set(COMMANDS) == {"aligned_mllm.experiments.workers"}  # started by Worker alone
+    assert set(executed) - set(COMMANDS) == {"aligned_mllm.experiments.runner"}  # started by Runner alone
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -19,7 +19,7 @@ from ..core import InputError, load_json
 from .arms import ARMS
 from .plan import Plan, data_of
 from .recipes import WORLDS, world_settings
-from .workers import Worker
+from .runner import Runner
 from ..training.config import configured
 from ..training.recipes import recipe
 from ..training.run import trainer_of
@@ -63,10 +63,10 @@ class Job:
         progress = self.output / "progress.json"
         return load_json(progress)["step"] if progress.is_file() else 0
 
-    def start(self, worker: Worker) -> None:
-        "Train it in a worker; its output is appended to log.txt in its folder."
+    def start(self, runner: Runner) -> int:
+        "Train it; returns the number of the run. Its output is appended to log.txt in its folder."
         self.output.mkdir(parents=True, exist_ok=True)
-        worker.start(self.words, self.output / "log.txt")
+        return runner.start(self.words, self.output / "log.txt")
 
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #c22faa50
 @dataclass
@@ -163,7 +163,7 @@ def run_jobs(
     waiting = sorted((job for job in jobs if not job.done), key=lambda job: job.after is not None)
     running = {}
     threads = max(1, (os.cpu_count() or 1) // workers)
-    idle = []
+    runner = Runner(threads) if waiting else None
     done = sum(job.steps_done for job in jobs)
     total = sum(job.steps for job in jobs)
     with tqdm(total=total, desc="training", unit="step", initial=done, smoothing=0.05) as bar:
@@ -171,18 +171,14 @@ def run_jobs(
             while waiting or running:
                 ready = [job for job in waiting if job.after is None or (job.after / "done.json").is_file()]
                 for job in ready[: workers - len(running)]:
-                    running[job] = idle.pop() if idle else Worker(threads)
-                    job.start(running[job])
+                    running[job.start(runner)] = job
                     waiting.remove(job)
                 time.sleep(0.2)
-                for job, worker in list(running.items()):
-                    status = worker.poll()
-                    if status is not None:
-                        idle.append(running.pop(job))
-                        raise_if_failed(job, status)
-                names = ", ".join("/".join(job.output.parts[-2:]) for job in running)
+                for number, status in runner.ended().items():
+                    raise_if_failed(running.pop(number), status)
+                names = ", ".join("/".join(job.output.parts[-2:]) for job in running.values())
                 bar.set_postfix_str(names, refresh=False)
                 bar.update(sum(job.steps_done for job in jobs) - bar.n)
         finally:
-            for worker in [*running.values(), *idle]:
-                worker.stop()
+            if runner:
+                runner.stop()

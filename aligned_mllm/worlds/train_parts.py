@@ -41,7 +41,7 @@ def build_part(
     "Train and save one part; returns its loss curve, checksum, accuracy and, for a vision part, statistics."
     torch.set_num_threads(1)
     scenes = scenes_of("train", max(64, int(20000 * min(scale, 1))), 900 + seed, world)
-    held = scenes_of("validation", 600, 900 + seed, world)
+    held = scenes_of("validation", max(60, int(600 * min(scale, 1))), 900 + seed, world)
     if name == "language_model":
         model, curve = train_language_model(scenes, seed, int(2500 * scale))
         model.save_pretrained(folder / name)
