@@ -1,6 +1,8 @@
 """The measures of spatial structure against loops written from the paper's definitions, on made-up
 features"""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -36,8 +38,10 @@ def cosine_of(first: np.ndarray, second: np.ndarray) -> float:
     return float(first @ second / (np.sqrt(first @ first) * np.sqrt(second @ second)))
 
 
-def pairs(image: np.ndarray, grid: tuple[int, int]) -> list[tuple[int, int, int, float]]:
-    "Every ordered pair of different patches: first, second, distance, cosine."
+@cache
+def pairs(grid: tuple[int, int], index: int) -> list[tuple[int, int, int, float]]:
+    "Every ordered pair of different patches of an image made up: first, second, distance, cosine."
+    image = made_up(grid)[index].double().numpy()
     found = []
     for first in range(len(image)):
         for second in range(len(image)):
@@ -51,10 +55,9 @@ def pairs(image: np.ndarray, grid: tuple[int, int]) -> list[tuple[int, int, int,
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_distances_and_cosines_equal_loops(grid):
-    features = made_up(grid, 1)
-    cosines = patch_cosines(features, grid)[0]
+    cosines = patch_cosines(made_up(grid), grid)[0]
     distances = patch_distances(grid)
-    for first, second, distance, value in pairs(features[0].double().numpy(), grid):
+    for first, second, distance, value in pairs(grid, 0):
         assert distances[first, second] == distance
         assert abs(cosines[first, second] - value) < 1e-6
 
@@ -66,8 +69,8 @@ def test_local_distant_similarity_equals_a_loop(grid, near, far):
     found = local_distant_similarity(features, grid, near, far)
     near = grid[0] / 2 if near is None else near
     far = grid[0] / 2 if far is None else far
-    for image, value in zip(features.double().numpy(), found):
-        every = pairs(image, grid)
+    for index, value in enumerate(found):
+        every = pairs(grid, index)
         local = np.mean([cosine for _, _, distance, cosine in every if distance < near])
         distant = np.mean([cosine for _, _, distance, cosine in every if distance >= far])
         assert abs(value - (local - distant)) < 1e-6
@@ -81,8 +84,8 @@ def test_decay_slope_equals_a_least_squares_line(grid, longest):
     found = decay_slope(features, grid, longest)
     steps = [step for step in range(1, longest + 1) if step <= grid[0] + grid[1] - 2]
     assert means.shape == (3, len(steps))
-    for image, row, value in zip(features.double().numpy(), means, found):
-        every = pairs(image, grid)
+    for index, (row, value) in enumerate(zip(means, found)):
+        every = pairs(grid, index)
         heights = [np.mean([cosine for *_, distance, cosine in every if distance == step]) for step in steps]
         assert np.allclose(row, heights, atol=1e-6)
         assert abs(value + np.polyfit(steps, heights, 1)[0]) < 1e-6
@@ -98,14 +101,12 @@ def test_region_similarity_equals_a_loop(grid, near, far):
     found = region_similarity(features, grid, regions, near, far)
     near = grid[0] / 2 if near is None else near
     far = grid[0] / 2 if far is None else far
-    for image, region, value in zip(features.double().numpy(), regions.numpy(), found):
-        every = pairs(image, grid)
+    for index, (region, value) in enumerate(zip(regions.numpy(), found)):
         contrasts = []
         for anchor in np.flatnonzero(region):
-            inside = [c for first, second, d, c in every if first == anchor and region[second] and d <= near]
-            outside = [
-                c for first, second, d, c in every if first == anchor and not region[second] and d >= far
-            ]
+            others = [pair[1:] for pair in pairs(grid, index) if pair[0] == anchor]
+            inside = [cosine for other, distance, cosine in others if region[other] and distance <= near]
+            outside = [cosine for other, distance, cosine in others if not region[other] and distance >= far]
             if inside and outside:
                 contrasts.append(np.mean(inside) - np.mean(outside))
         assert abs(float(value) - np.mean(contrasts)) < 1e-6 if contrasts else value.isnan()
