@@ -75,8 +75,8 @@ def interleaved(
     options: Options,  # how many blocks and steps
     warm: int,  # steps of each mode before the first block
 ) -> pd.DataFrame:
-    """Seconds a step (wall clock; CPU time of this process) and peak MiB of every block, modes in turns:
-    columns block, mode, seconds, cpu, peak (NaN on CPU)."""
+    """Seconds a step (wall clock; CPU time of this process) and peak MiB of every block, modes in turns, each
+    after an untimed step: columns block, mode, seconds, cpu, peak (NaN on CPU)."""
     cuda = options.device == "cuda"
     rows = []
     for _, step in ((mode, step) for mode, step in steps.items() for _ in range(warm)):
@@ -84,6 +84,7 @@ def interleaved(
     for block in range(options.blocks):
         shift = block % len(steps)
         for mode in [*steps][shift:] + [*steps][:shift]:
+            steps[mode]()
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'LOGITS', 'OBJECTIVES', 'Term', 'combine', 'text_positions', 'before_visual_tokens', 'Tap', 'Target',
-           'rows_of_all_processes', 'Context', 'Objective', 'setting', 'register', 'objective_class', 'settings_of']
+           'rows_of_all_processes', 'Context', 'Objective', 'setting', 'register', 'objective_class', 'settings_of',
+           'settings_table']
 
 # %% ../../nbs/lib/objectives/00_base.ipynb #ae5003a1
 import dataclasses
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -295,3 +297,14 @@ def settings_of(
         near = get_close_matches(unknown[0], fields, 3) or fields[:5]
         raise InputError(f"setting {label}.{unknown[0]}", f"a field such as {near}", f"see {kind.__name__}")
     return kind(**values)
+
+# %% ../../nbs/lib/objectives/00_base.ipynb #5d3c1a7e
+def settings_table(
+    label: str,  # of an objective
+) -> pd.DataFrame:
+    "The settings of an objective, as they are written in a recipe: default and meaning of each."
+    rows = {}
+    for item in dataclasses.fields(objective_class(label).Settings):
+        default = item.default_factory() if item.default is dataclasses.MISSING else item.default
+        rows[f"{label}.{item.name}"] = {"default": repr(default), "meaning": item.metadata.get("help", "")}
+    return pd.DataFrame(rows).T

@@ -20,7 +20,7 @@ SECTIONS = {  # folder below nbs: heading in the side bar, pages that come first
     ),
     "explanations": ("Explanations", "methods glossary paper_index shapes models teachers".split()),
     "lib": ("Library", []),
-    "runs": ("Runs", ["main_job", "inside"]),
+    "runs": ("Runs", ["main_job", "inside", "speed"]),
 }
 
 # %% ../../nbs/lib/site/00_pages.ipynb #8740ecb1
