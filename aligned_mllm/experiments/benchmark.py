@@ -31,7 +31,7 @@ from aligned_mllm.experiments.benchmark_setup import (
 )
 from ..objectives.base import combine
 from ..objectives.text import TextLoss
-from ..objectives.viral import Viral
+from ..objectives.viral import ViralLoss
 from ..teachers.cache import FeatureCache
 from ..teachers.targets import Targets
 from ..training.config import WEIGHTS
@@ -137,7 +137,7 @@ def benchmark(
         folder = Path(root)
         student, teacher, parameters = student_and_teacher(shape, options)
         width = shape.text["hidden_size"]
-        objective = Viral(width, teacher.width, [shape.layer], hidden=shape.inside).to(options.device)
+        objective = ViralLoss(width, teacher.width, [shape.layer], hidden=shape.inside).to(options.device)
         batches = batches_of(shape, teacher, options, folder)
         weights = [*student.parameters(), *objective.parameters()]
         trained = [value for value in weights if value.requires_grad]
