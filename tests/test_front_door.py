@@ -1,5 +1,5 @@
 """The front door: a model object, records and the settings of an objective are enough to train, on one
-process or two; what comes out is a plain checkpoint."""
+process or two, and they leave a plain checkpoint."""
 
 import os
 import struct
@@ -75,7 +75,7 @@ def test_the_eight_lines(runs, family):
 
 
 def test_a_folder_by_name_and_the_middle_layer(runs, small_data, tmp_path):
-    "A model by its folder brings its processor; the settings of an objective may stand in args, too."
+    "A model by its folder brings its processor. Settings of objectives in args count as well."
     viral = {"viral": {"teacher": "dense", "hidden": 8}}
     args = AlignConfig(str(tmp_path / "run"), objectives=viral, **STEPS)
     trainer = AlignTrainer(str(runs / "llava" / "model"), args, small_data / "train.jsonl")
