@@ -9,14 +9,17 @@ __all__ = ['LengthOrder', 'TermTrainer', 'answer_accuracy']
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..data.collate import estimated_lengths
+from ..data.collate import estimated_lengths, left_out_of
+from ..data.record import LeftOut
 from ..models.trainable import parameters_by_part
 from ..objectives.base import combine, text_positions
 from .checkpoint import load_aligned, save_aligned
 from .model import with_targets
+from .run_folder import merged_left_out, save_left_out
 
 # %% ../../nbs/lib/training/78_trainer.ipynb #d0ee2a20
 class LengthOrder(LengthGroupedSampler):
@@ -51,6 +54,7 @@ class TermTrainer(Trainer):
         super().__init__(*arguments, **keywords)
         self.sums = {}  # term to its sum over the steps since the last log line
         self.logged_step = 0
+        self.too_long: set[int] = set()  # samples left out for their length, of this process
         unused_not_allowed = self.args.world_size > 1 and self.args.ddp_find_unused_parameters is False
         if self.shares_weights or unused_not_allowed:
             self.model.use_every_weight()
@@ -63,6 +67,8 @@ class TermTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of a step with their targets, and the count of each term over all processes."
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with_asked = [batch for batch in batches if "asked" in batch]
+        self.too_long |= left_out_of(with_asked, len(self.train_dataset))
         batches = with_targets(batches, self.model.objectives.values())
         counts = torch.tensor(self.counts(batches), dtype=torch.float64, device=device)
         return batches, self.accelerator.reduce(counts, "sum")
@@ -98,7 +104,20 @@ class TermTrainer(Trainer):
                 logs[f"loss_{name}"] = round(self.accelerator.reduce(value, "sum").item() / steps, 6)
             self.sums = {}
             self.logged_step = self.state.global_step
+        if self.args.too_long == "leave_out" and ("loss" in logs or "train_loss" in logs):
+            self.save_too_long()
         super().log(logs, start_time)
+
+    def save_too_long(self) -> None:
+        "List the samples left out for their length, of all processes and of an earlier part of the run."
+        every = sorted(set(gather_object(sorted(self.too_long))))
+        if not self.is_world_process_zero():
+            return
+        records = self.train_dataset.records
+        reason = f"no answer, or not every image, within max_length {self.args.max_length}"
+        found = [LeftOut(records[index].where, records[index].id, reason) for index in every]
+        path = Path(self.args.output_dir) / "too_long.csv"
+        save_left_out(merged_left_out(path, found), path)
 
     def create_optimizer(self, model=None):
         "transformers' optimizer; with `projector_learning_rate` the projector has groups of its own."
