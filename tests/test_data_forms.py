@@ -99,9 +99,10 @@ def test_system_turns_survive_a_round_trip(tmp_path):
 
 REFUSED = {
     "video": (llava(("h", "<video>\nhow"), ("g", "so"), video="a.mp4"), "a sample about a video"),
+    "number as text": (chat(("u", [text_part(7)]), ("a", "b")), "turn 1 has a part"),
     "unknown part": (
         chat(("u", [{"type": "image_url"}]), ("a", "b")),
-        "turn 1 has a part of type 'image_url'",
+        "turn 1 has a part \"{'type': 'image_url'}\"",
     ),
     "two users": (chat(("u", "a"), ("u", "b"), ("a", "c")), "turn 2 is from 'user'"),
     "two humans behind an answer": (
@@ -321,6 +322,8 @@ def test_tables_with_pictures_inside(tmp_path):
     assert corners(stored) == COLOURS and stored.digest == records.digest
     old = {"conversations": {"from": ["human", "gpt"], "value": ["how", "so"]}}
     assert open_records([old])[0].turns == (Turn("how", "so"),)
+    old["conversations"]["value"].append("lost")
+    assert message(open_records, [old]).startswith("row 0: \"conversations\" is \"{'from'")
     assert "transform" in message(open_records, Dataset(table(), form="custom"))
     assert "without streaming" in message(open_records, iter(table()))
     assert "source['train']" in message(open_records, {"train": table()})

@@ -56,10 +56,11 @@ def _part_text(
     kind = part.get("type") if isinstance(part, dict) else part
     if kind == "image":
         return IMAGE
-    if kind != "text":
-        fault = f"{place} has a part of type {str(kind)[:40]!r}"
+    text = part.get("text") or "" if kind == "text" else None
+    if not isinstance(text, str):
+        fault = f"{place} has a part {str(part)[:60]!r}"
         raise InputError(fault, "parts of type 'text' or 'image'", "correct the sample")
-    return part.get("text") or ""
+    return text
 
 # %% ../../nbs/lib/data/05_forms.ipynb #d86d9473
 def _plain_messages(
@@ -189,8 +190,8 @@ def _parse_turns(
     for number, turn in enumerate(texts, 1):
         asks = number % 2
         speaker = speakers[asks]
-        named = turn.get(form.speaker) if isinstance(turn, dict) else turn
-        if named != speaker:
+        if not isinstance(turn, dict) or turn.get(form.speaker) != speaker:
+            named = turn.get(form.speaker) if isinstance(turn, dict) else turn
             fault = f"{place}: turn {number + before} is from {str(named)[:40]!r}"
             raise InputError(fault, f"{speaker!r}, as they alternate", remedy)
         text = turn.get(key)

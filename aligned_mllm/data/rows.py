@@ -152,9 +152,9 @@ def _picture(
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes) and content:
         return content
-    if isinstance(value, dict) and value.get("path"):
+    if isinstance(value, dict) and value.get("path") and isinstance(value["path"], str):
         return value["path"]
-    found = f"{sorted(value)} without content" if isinstance(value, dict) else type(value).__name__
+    found = f"{sorted(map(str, value))} without content" if isinstance(value, dict) else type(value).__name__
     raise InputError(
         f"{place} is {found}",
         'an image, its bytes, {"bytes": ..., "path": ...} or the path of a file',
@@ -184,8 +184,10 @@ def split_pictures(
             several = raw[key] if isinstance(raw[key], (list, tuple)) else [raw[key]]
             raw[key] = [named(value) for value in several]
     for key in ("conversations", "messages", "prompt", "completion"):
-        if isinstance(raw.get(key), dict):  # older versions of `datasets` store a dict of lists
-            raw[key] = [dict(zip(raw[key], values)) for values in zip(*raw[key].values())]
+        old = raw.get(key)  # older versions of `datasets` store a dict of lists
+        if isinstance(old, dict) and all(isinstance(values, list) for values in old.values()):
+            if len({len(values) for values in old.values()}) == 1:
+                raw[key] = [dict(zip(old, values)) for values in zip(*old.values())]
         if isinstance(raw.get(key), list):
             raw[key] = [_named_parts(message, named) for message in raw[key]]
     return raw, pictures
