@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, is_hub_id, seed_everything
 from .trainable import parts_of
+from .weights import load_weights
 
 # %% ../../nbs/lib/models/10_compose.ipynb #1885ae6b
 def word_tokenizer(
@@ -243,15 +244,14 @@ def composed_model(
     dtype: torch.dtype = torch.float32,
 ):
     """(model, processor): a LlavaForConditionalGeneration of published parts, with a fresh projector.
-    Raises InputError if a part is missing."""
+    Raises InputError if a part is missing, or has not all of its weights."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     for name, source in (("vision_tower", vision_tower), ("language_model", language_model)):
         found = source and (is_hub_id(source) or (Path(source).expanduser() / "config.json").is_file())
         if not found:
             raise InputError(f"{name} {source!r}", "a folder with config.json, or a hub id", f"set {name}")
-    options = {"dtype": dtype, "use_safetensors": True}
-    tower = AutoModel.from_pretrained(vision_tower, **options)
+    tower = load_weights(AutoModel, vision_tower, ("pooler",), unknown=True, dtype=dtype)
     if "vision_config" in AutoConfig.from_pretrained(vision_tower).to_dict():  # a dual encoder
         tower = tower.vision_model
     tokenizer = AutoTokenizer.from_pretrained(language_model)
@@ -261,6 +261,6 @@ def composed_model(
     image_processor = AutoImageProcessor.from_pretrained(vision_tower)
     if pad_to_square:
         image_processor = padding_processor(image_processor)
-    language = AutoModelForCausalLM.from_pretrained(language_model, **options)
+    language = load_weights(AutoModelForCausalLM, language_model, dtype=dtype)
     template = chat_template_of(chat, tokenizer)
     return compose(tower, language, tokenizer, image_processor, template, seed=seed)

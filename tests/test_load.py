@@ -1,0 +1,121 @@
+"""Models as people have them: older forms are read and said, nothing damaged or incomplete is believed."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny
+
+from aligned_mllm.core import InputError, checksum
+from aligned_mllm.models.compose import composed_model
+from aligned_mllm.models.load import load_model
+
+MATRIX = "layers.2.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    "The folder of a small LLaVA model."
+    folder = tmp_path_factory.mktemp("models") / "good"
+    for part in tiny("llava"):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(good, tmp_path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "copy"))
+
+
+def changed_weights(folder: Path, change) -> None:
+    "Save the weights of a folder again after `change(weights, name of one matrix)`."
+    weights = load_file(folder / "model.safetensors")
+    change(weights, next(name for name in weights if MATRIX in name))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights, name: weights.pop(name), f"1 weights are missing, such as .*{MATRIX}"),
+        (lambda weights, name: weights.update(odd=torch.ones(2)), "1 weights are unknown, such as odd"),
+        (lambda weights, name: weights.update({name: weights[name][1:].clone()}), "another shape.*up_proj"),
+        (lambda weights, name: weights[name].fill_(float("nan")), "not finite.*up_proj"),
+    ],
+)
+def test_a_student_without_all_of_its_weights_is_refused(copy, change, message):
+    changed_weights(copy, change)
+    with pytest.raises(InputError, match=message):
+        load_model(copy)
+
+
+def test_parts_are_held_to_the_same(good, tmp_path):
+    model, processor = load_model(good)
+    for name, part in (("tower", model.model.vision_tower), ("language", model.model.language_model)):
+        part.save_pretrained(tmp_path / name)
+    processor.image_processor.save_pretrained(tmp_path / "tower")
+    processor.tokenizer.save_pretrained(tmp_path / "language")
+    with pytest.raises(InputError, match="1 weights are missing, such as lm_head.weight"):
+        composed_model(str(tmp_path / "tower"), str(tmp_path / "language"))
+
+
+def test_pickled_weights_are_read_and_said_but_nothing_else_in_them(copy, capsys):
+    weights = load_file(copy / "model.safetensors")
+    expected = checksum(load_model(copy)[0])
+    (copy / "model.safetensors").unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    assert checksum(load_model(copy)[0]) == expected
+    assert "weights_only=True" in capsys.readouterr().out
+    torch.save({**weights, "code": Path.cwd}, copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match="Weights only load failed"):
+        load_model(copy)
+
+
+def test_what_older_folders_lack_is_filled_in_and_said(copy, capsys):
+    for file, names in {
+        "processor_config.json": ("patch_size", "vision_feature_select_strategy"),
+        "tokenizer_config.json": ("pad_token",),
+    }.items():
+        content = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps({key: content[key] for key in content if key not in names}))
+    model, processor = load_model(copy)
+    said = capsys.readouterr().out
+    assert processor.patch_size == model.config.vision_config.patch_size and "no patch_size" in said
+    assert processor.tokenizer.pad_token_id is not None and "no padding token" in said
+
+
+def test_two_image_tokens_are_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "image_token_id": 3}))
+    with pytest.raises(InputError, match="image_token_id 3 in the model's config.json and"):
+        load_model(copy)
+
+
+def test_damage_ends_in_one_line_that_names_folder_or_file(good, tmp_path):
+    """Every file cut, emptied, replaced and changed by a bit: either the same model, or one refusal. A bit
+    inside the numbers of a weight cannot be known."""
+    chance = random.Random(0)
+    expected = checksum(load_model(good)[0])
+    refused = 0
+    for path in sorted(good.iterdir()):
+        content = path.read_bytes()
+        damaged = [content[: len(content) // 2], b"", b"{}"]
+        for end in (400, 2000, 2000, 2000):
+            place = chance.randrange(min(end, len(content)))
+            flipped = content[place] ^ (1 << chance.randrange(8))
+            damaged.append(content[:place] + bytes([flipped]) + content[place + 1 :])
+        for bad in damaged:
+            shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+            shutil.copytree(good, tmp_path / "bad")
+            (tmp_path / "bad" / path.name).write_bytes(bad)
+            try:
+                assert checksum(load_model(tmp_path / "bad")[0]) == expected, path.name
+            except InputError as error:
+                named = any(each.name in str(error) for each in good.iterdir())
+                assert "\n" not in str(error) and (named or str(tmp_path / "bad") in str(error)), error
+                refused += 1
+    assert refused > 15
