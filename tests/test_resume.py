@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import random
+import shutil
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +16,11 @@ from conftest import FORKS, into_file
 from torch import nn
 from transformers import TrainerCallback
 
+from aligned_mllm.core import InputError, load_json
 from aligned_mllm.objectives.base import Objective, Target
 from aligned_mllm.training.config import AlignConfig
+from aligned_mllm.training.run import claim_folder
+from aligned_mllm.training.run_folder import last_checkpoint, mark_whole, remove_leftovers
 from aligned_mllm.training.trainer import AlignTrainer
 
 SAMPLES = 21  # the last of six steps has one sample: nothing is left for a second process
@@ -107,7 +112,7 @@ SETTINGS = {
     "max_steps": STEPS,
     "per_device_train_batch_size": 2,
     "learning_rate": 0.1,
-    "logging_steps": 2,
+    "logging_steps": 4,
     "save_strategy": "no",
     "use_cpu": True,
     "disable_tqdm": True,
@@ -216,3 +221,98 @@ def test_each_sample_of_an_epoch_counts_once(table, strategy):
             assert {name: round(value, 5) for name, value in line.items()} == {
                 name: round(value, 5) for name, value in other.items()
             }
+
+
+class Killed(BaseException):
+    "The process is gone."
+
+
+@contextmanager
+def killed_before(count: int):
+    "Kill at a file operation: neither it nor any later one happens. Yields the operations so far."
+    done = []
+
+    def counted(operation):
+        def wrapped(*arguments, **keywords):
+            if len(done) == count:
+                raise Killed
+            done.append(operation.__name__)
+            return operation(*arguments, **keywords)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mkdir", "replace", "unlink", "rmdir", "fsync"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with suppress(Killed):
+            yield done
+
+
+def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path):
+    """At every file operation of a save with save_total_limit=1: the newest mark is on a complete checkpoint,
+    the rest goes at the next start, and the run ends as an unbroken one."""
+    settings = {"dropout": 0.25, "lr_scheduler_type": "constant"}
+    whole = trained(tmp_path / "run", save_at=[2, 4], **settings)
+    names = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    trainer = small(tmp_path / "run", **settings, max_steps=4, save_total_limit=1)
+    trainer.train(str(tmp_path / "run" / "checkpoint-2"))
+    found = []
+    left = 2
+    while left > 1 or found[-1] == "checkpoint-2":
+        run = shutil.copytree(tmp_path / "run", tmp_path / f"killed{len(found)}")
+        trainer.args.output_dir = str(run)
+        with killed_before(len(found)):
+            trainer._save_checkpoint(trainer.model_wrapped, None)
+        for mark in run.glob("checkpoint-*/whole.json"):
+            assert {path.name for path in mark.parent.iterdir()} >= names, (len(found), mark.parent)
+        left = len(list(run.glob("checkpoint-*")))
+        found.append(last_checkpoint(run).name)
+        if found[-2:-1] != found[-1:]:
+            shutil.copytree(run, tmp_path / found[-1])
+        remove_leftovers(run)
+        assert not list(run.rglob(".*")) and all((path / "whole.json").exists() for path in run.iterdir())
+    assert len(found) > 2 * len(names) and sorted(set(found)) == ["checkpoint-2", "checkpoint-4"]
+    for name in set(found):
+        again = trained(tmp_path / name, tmp_path / name / name, **settings)
+        assert again["weight"] == whole["weight"] and again["lines"][-1] == whole["lines"][-1]
+
+
+def claimed(folder: Path, teacher: str = "a1", model: str = "owner/name", **settings) -> dict:
+    "The refusal of a start with these settings, or the environment that is recorded."
+    objectives = {"viral": SimpleNamespace(teachers=lambda: [SimpleNamespace(checksum=teacher)])}
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(objectives=objectives),
+        train_dataset=SimpleNamespace(records=SimpleNamespace(digest="d")),
+        is_fsdp_enabled=False,
+        is_deepspeed_enabled=False,
+    )
+    config = AlignConfig(**{"output_dir": str(folder), "model": model, **SETTINGS, **settings})
+    claim_folder(config, "", trainer)
+    return load_json(folder / "environment.json")
+
+
+def test_a_run_is_more_than_its_settings(tmp_path, monkeypatch, capsys):
+    "Teachers by content, samples of a step, precision of the launcher; versions and processes are recorded."
+    with_batch = {"global_batch_size": 4, "gradient_accumulation_steps": 2}
+    for folder, settings in ((tmp_path / "plain", {}), (tmp_path / "fixed", with_batch)):
+        assert claimed(folder, **settings)["processes"] == 1
+        (folder / "checkpoint-3").mkdir()
+        mark_whole(folder / "checkpoint-3", {"step": 3})
+        assert claimed(folder, **settings)["resumed"] == [{"step": 3}]
+    with pytest.raises(InputError, match="teachers.viral was .*a1.* and is .*b2.* now"):
+        claimed(tmp_path / "plain", teacher="b2")
+    with pytest.raises(InputError, match="gradient_accumulation_steps was 1 and is 2 now"):
+        claimed(tmp_path / "plain", gradient_accumulation_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        with pytest.raises(InputError, match="mixed_precision was .* and is bf16 now"):
+            claimed(tmp_path / "plain")
+    monkeypatch.setattr(AlignConfig, "world_size", 2)
+    monkeypatch.setattr("aligned_mllm.training.run.environment", lambda: {"versions": {"torch": "3.0"}})
+    with pytest.raises(InputError, match="samples_per_step was 2 and is 4 now.* as many processes as before"):
+        claimed(tmp_path / "plain")
+    record = claimed(tmp_path / "fixed", **{**with_batch, "gradient_accumulation_steps": 1})
+    assert record["resumed"][1] == {"step": 3, "versions.torch": "3.0", "processes": 2}
+    said = capsys.readouterr().out
+    assert "resumed after step 3 in another environment" in said and "processes 1, now 2" in said

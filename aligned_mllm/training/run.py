@@ -153,6 +153,7 @@ def identity_of(
         found["teachers"] = {
             label: [teacher.checksum for teacher in objective.teachers()]
             for label, objective in trainer.model.objectives.items()
+            if objective.teachers()
         }
         kinds = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
         found["shared_weights"] = next((kind for kind, enabled in kinds.items() if enabled), "no")

@@ -22,7 +22,7 @@ from ..models.trainable import parameters_by_part
 from ..objectives.base import combine, text_positions
 from .checkpoint import load_aligned, save_aligned
 from .model import with_targets
-from .run_folder import WHOLE, RunFolder, mark_whole, remove_older
+from .run_folder import WHOLE, RunFolder, last_checkpoint, mark_whole, remove_older
 
 # %% ../../nbs/lib/training/78_trainer.ipynb #d0ee2a20
 class LengthOrder(LengthGroupedSampler):
@@ -123,6 +123,19 @@ class ResumableTrainer(Trainer):
         check_order(self.args)
         self.order = None  # of the samples, from `get_train_dataloader`
 
+    def train(self, resume_from_checkpoint=None, **keywords):
+        "transformers' own; it resumes from a whole checkpoint only, with True from the newest."
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = last_checkpoint(Path(self.args.output_dir)) or self.args.output_dir
+        if checkpoint and not (Path(checkpoint) / WHOLE).is_file():
+            raise InputError(
+                f"no whole checkpoint in {checkpoint}",
+                f"a folder checkpoint-N with {WHOLE}, written last",
+                "resume from another one, or start again",
+            )
+        return super().train(str(checkpoint) if checkpoint else None, **keywords)
+
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
         if args.train_sampling_strategy == "sequential":
@@ -135,6 +148,8 @@ class ResumableTrainer(Trainer):
 
     def get_train_dataloader(self):
         "Batches in which each sample of an epoch counts once, however many processes share them."
+        if not hasattr(self.train_dataset, "__len__"):  # a stream has its own order
+            return super().get_train_dataloader()
         together = 1 if self.args.dataloader_drop_last else self._train_batch_size * self.args.world_size
         self.order = WholeBatches(self._get_train_sampler(), together)
         samples = Filled(self.train_dataset, self.data_collator)
@@ -149,7 +164,8 @@ class ResumableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # stopped after its last step
             self.control.should_training_stop = True
             return
-        self.order.set_epoch(epoch)
+        if self.order is not None:
+            self.order.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **keywords)
 
     def _maybe_log_save_evaluate(self, *arguments, **keywords):
