@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment quick lab app docs test tests-long tests-pages tests-short notebooks browser clean
+.PHONY: help setup experiment quick gpu lab app docs test tests-long tests-pages tests-short notebooks browser clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ experiment: .venv/ready  ## the main job: train, score, measure, report (ARGS="-
 quick: .venv/ready  ## the same in a minute, too short to mean anything
 	$(BIN)/aligned-mllm experiment --quick $(ARGS)
 
+gpu: .venv/ready  ## what alignment costs a step at the shapes of LLaVA-1.5-7B, on a GPU with 80 GiB (ARGS="--batch 4", ...)
+	$(BIN)/python -m aligned_mllm.experiments.benchmark --device cuda --shapes llava7b --output runs/speed $(ARGS)
+
 lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARGS="--port 9999 --allow-root", ...)
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(ARGS)
 
@@ -36,7 +39,7 @@ docs: .venv/ready  ## build the documentation: _docs/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site.build
 
 test: .venv/ready browser  ## everything that must hold: documentation, notebooks, tests, export
-	$(MAKE) -j2 --no-print-directory tests-long tests-pages tests-short notebooks
+	$(MAKE) -j2 --no-print-directory tests-pages notebooks tests-long tests-short  # the longest first
 
 LONG := tests/test_train.py tests/test_experiment.py tests/test_distributed.py
 PAGES := tests/test_widgets.py tests/test_site.py tests/test_export.py tests/test_features.py tests/test_cknna.py

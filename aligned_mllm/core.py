@@ -242,7 +242,7 @@ def seed_everything(
 # %% ../nbs/lib/00_core.ipynb #3ab719b3
 def environment() -> dict:
     """Versions of the packages that results depend on, the commit of this library (with '+' if files were
-    changed), and the machine."""
+    changed), and the machine with its GPUs."""
     versions = {}
     packages = "aligned_mllm torch transformers peft accelerate numpy"
     for name in [*packages.split(), "pillow", "torchvision"]:  # the last two resize images
@@ -258,11 +258,13 @@ def environment() -> dict:
 
     commit = git("rev-parse", "HEAD") or "unknown"
     changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    system = f"{platform.system()} {platform.machine()}"
+    cards = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "versions": versions,
         "commit": commit + changed,
         "python": sys.version.split()[0],
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": ", ".join([system, f"{os.cpu_count()} cores", *cards]),
         "threads": torch.get_num_threads(),
     }
 

@@ -22,6 +22,7 @@ from aligned_mllm.train import run
 from aligned_mllm.training.checkpoint import as_sharded, load_aligned, save_aligned
 from aligned_mllm.training.model import AlignedModel, with_targets
 from aligned_mllm.training.run import trainer_of
+from aligned_mllm.training.trainer import TermTrainer
 
 FEW = {
     "max_steps": 3,
@@ -90,7 +91,7 @@ def trained(data, folder, **settings):
     trainer, _ = made(data, folder, **settings)
     calls = []
     decoder_layers(trainer.model.student)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    trainer.train()
+    TermTrainer.train(trainer)  # the steps alone, without the finished folder
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return pd.DataFrame(lines)[["loss", "loss_text", "loss_viral", "grad_norm"]], len(calls)
 
@@ -139,7 +140,7 @@ def test_adapters_and_projector_come_back(small_data, tmp_path, dora):
         for name, value in trainer.model.named_parameters()
         if value.requires_grad
     }
-    trainer.train()
+    TermTrainer.train(trainer)  # the steps alone, without the finished folder
     trained = {
         name: value.detach().clone()
         for name, value in trainer.model.named_parameters()
@@ -156,7 +157,7 @@ def test_adapters_and_projector_come_back(small_data, tmp_path, dora):
         and any("magnitude" in name for name in saved) == dora
     )
     other = trainer_of(configured("scenes_lora_viral", small_data, tmp_path / "run", settings))
-    other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    TermTrainer.train(other, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert all(
         torch.equal(value, trained[name])
         for name, value in other.model.named_parameters()
@@ -283,7 +284,7 @@ def test_bfloat16_weights(small_data, tmp_path):
     reference = minus_cosine(head(states), batch["targets"]["viral"]["features"].double())
     head.float()
     assert term.total.dtype == torch.float32 and abs(term.total - reference) / term.count < 1e-6
-    trainer.train()
+    TermTrainer.train(trainer)  # the steps alone, without the finished folder
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
 

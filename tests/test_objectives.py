@@ -15,7 +15,7 @@ from aligned_mllm.models.trainable import add_lora, parameter_audit, train_only
 from aligned_mllm.models.residual import RESIDUALS, add_residual
 from aligned_mllm.models.taps import Taps
 from aligned_mllm.objectives.alignment import KINDS, SCHEDULES, scheduled_weight
-from aligned_mllm.objectives.viral import Viral
+from aligned_mllm.objectives.viral import ViralLoss
 
 GRIDS = torch.tensor([[3, 4], [5, 5], [2, 3]])  # three views of different sizes
 V = int(GRIDS.prod(1).sum())
@@ -33,7 +33,7 @@ def batch(seed: int = 0, layers=(2, 3)):
     return states, torch.randn(V, T), keep
 
 
-def reference(objective: Viral, states, targets, keep=None):
+def reference(objective: ViralLoss, states, targets, keep=None):
     "The mean term and its gradients in double precision, from elementary operations and token by token."
     keep = torch.ones(V, dtype=torch.bool) if keep is None else keep
     inputs = {layer: value.detach().double().requires_grad_() for layer, value in states.items()}
@@ -81,7 +81,7 @@ def reference(objective: Viral, states, targets, keep=None):
 @pytest.mark.parametrize("projectors, masked", [("shared", False), ("shared", True), ("each", True)])
 def test_every_variant_agrees_with_double_precision(kind, projectors, masked):
     states, targets, keep = batch()
-    objective = Viral(D, T, [2, 3], hidden=9, kind=kind, projectors=projectors)
+    objective = ViralLoss(D, T, [2, 3], hidden=9, kind=kind, projectors=projectors)
     term = objective.compare(states, targets, keep if masked else None, GRIDS)
     term.mean.backward()
     mean, by_layer, by_weight = reference(objective, states, targets, keep if masked else None)
@@ -97,7 +97,7 @@ def test_the_default_is_bit_for_bit_what_it_was():
     "Names, initial weights, loss and gradients of the class as checkpoints know it."
     states, targets, _ = batch(1)
     seed_everything(5)
-    now = Viral(D, T, [2, 3], 0.5, 9)
+    now = ViralLoss(D, T, [2, 3], 0.5, 9)
     seed_everything(5)
     was = nn.ModuleDict(
         {"projector": nn.Sequential(nn.Linear(D, 9), nn.SiLU(), nn.Linear(9, 9), nn.SiLU(), nn.Linear(9, T))}
@@ -122,7 +122,8 @@ def test_equal_views_average_their_matrices():
     seed_everything(0)
     h = torch.randn(18, D)
     y = torch.randn(18, T)
-    found = Viral(D, T, [1], kind="relation").compare({1: h}, y, grids=torch.tensor([[3, 3], [3, 3]])).mean
+    grids = torch.tensor([[3, 3], [3, 3]])
+    found = ViralLoss(D, T, [1], kind="relation").compare({1: h}, y, grids=grids).mean
     matrices = [
         [nn.functional.cosine_similarity(x[None], x[:, None], dim=-1) for x in value.split(9)]
         for value in (h, y)
@@ -134,7 +135,7 @@ def test_equal_views_average_their_matrices():
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_masked_has_no_influence(kind):
     states, targets, keep = batch()
-    objective = Viral(D, T, [2, 3], hidden=9, kind=kind)
+    objective = ViralLoss(D, T, [2, 3], hidden=9, kind=kind)
     first = objective.compare(states, targets, keep, GRIDS).total
     with torch.no_grad():
         for value in (targets, *states.values()):
@@ -147,7 +148,7 @@ def test_what_is_masked_has_no_influence(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_a_batch_add_up(kind):
     states, targets, keep = batch()
-    objective = Viral(D, T, [2, 3], hidden=9, kind=kind)
+    objective = ViralLoss(D, T, [2, 3], hidden=9, kind=kind)
     whole = objective.compare(states, targets, keep, GRIDS)
     edges = [0, 12, 37, V]
     terms = []
@@ -177,7 +178,7 @@ def test_schedules_follow_their_formulas(progress):
     states, targets, _ = batch()
     for kind in SCHEDULES:
         assert abs(scheduled_weight(0.5, kind, progress) - expected[kind]) < 1e-12
-        objective = Viral(D, T, [2], 0.5, 9, schedule=kind)
+        objective = ViralLoss(D, T, [2], 0.5, 9, schedule=kind)
         objective.progress = progress
         assert (
             objective.compare(states, targets).weight
@@ -191,7 +192,7 @@ def test_a_frozen_projector_stays_and_is_saved(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     states, targets, _ = batch()
-    objective = Viral(D, T, [2, 3], hidden=9, trainable=False)
+    objective = ViralLoss(D, T, [2, 3], hidden=9, trainable=False)
     objective.compare(states, targets).total.backward()
     assert (
         all(parameter.grad is None for parameter in objective.parameters()) and states[2].grad.abs().sum() > 0
@@ -200,7 +201,7 @@ def test_a_frozen_projector_stays_and_is_saved(tmp_path):
     optimizer = Trainer(whole, TrainingArguments(tmp_path, report_to="none", use_cpu=True)).create_optimizer()
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in whole["student"].parameters()}
-    assert list(objective.state_dict()) == list(Viral(D, T, [2, 3], hidden=9).state_dict())
+    assert list(objective.state_dict()) == list(ViralLoss(D, T, [2, 3], hidden=9).state_dict())
     audit = parameter_audit(small_model()[0], {"alignment": objective}).loc["alignment"]
     assert audit["trained"] == 0 and audit["frozen"] == sum(
         parameter.numel() for parameter in objective.parameters()
@@ -210,8 +211,8 @@ def test_a_frozen_projector_stays_and_is_saved(tmp_path):
 
 def test_one_projector_or_one_each():
     states, targets, _ = batch()
-    each = Viral(D, T, [2, 3], hidden=9, projectors="each")
-    shared = Viral(D, T, [2, 3], hidden=9)
+    each = ViralLoss(D, T, [2, 3], hidden=9, projectors="each")
+    shared = ViralLoss(D, T, [2, 3], hidden=9)
     assert {name.rsplit(".", 2)[0] for name in each.state_dict()} == {"projector.2", "projector.3"}
     for layer in (2, 3):
         each.projector[str(layer)].load_state_dict(shared.projector.state_dict())
@@ -227,15 +228,16 @@ def test_one_projector_or_one_each():
 
 def test_half_precision_states_meet_a_single_precision_projector():
     states, targets, _ = batch()
-    objective = Viral(D, T, [2, 3], hidden=9)
+    objective = ViralLoss(D, T, [2, 3], hidden=9)
     half = {layer: value.detach().bfloat16().requires_grad_() for layer, value in states.items()}
     term = objective.compare(half, targets.bfloat16())
     term.total.backward()
     assert term.total.dtype == torch.float32 and half[2].grad.dtype == torch.bfloat16
     assert abs(term.mean - objective.compare(states, targets).mean) < 0.01
+    relation = ViralLoss(D, T, [2], kind="relation")
     with torch.autocast("cpu", torch.bfloat16):
-        blurred = Viral(D, T, [2], kind="relation").compare(states, targets, grids=GRIDS).total
-    assert torch.equal(blurred, Viral(D, T, [2], kind="relation").compare(states, targets, grids=GRIDS).total)
+        blurred = relation.compare(states, targets, grids=GRIDS).total
+    assert torch.equal(blurred, relation.compare(states, targets, grids=GRIDS).total)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_half_precision_states_meet_a_single_precision_projector():
 )
 def test_unknown_settings_are_refused(setting):
     with pytest.raises(InputError):
-        Viral(**{"width": D, "teacher_width": T, "layers": [2], **setting})
+        ViralLoss(**{"width": D, "teacher_width": T, "layers": [2], **setting})
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_unknown_settings_are_refused(setting):
 )
 def test_what_does_not_fit_is_refused(kind, targets, keep, grids):
     with pytest.raises(InputError):
-        Viral(D, T, [2], hidden=9, kind=kind).compare(batch()[0], targets, keep, grids)
+        ViralLoss(D, T, [2], hidden=9, kind=kind).compare(batch()[0], targets, keep, grids)
 
 
 # residuals

@@ -21,7 +21,7 @@ from aligned_mllm.objectives.base import Objective, Target
 from aligned_mllm.training.config import AlignConfig
 from aligned_mllm.training.run import claim_folder
 from aligned_mllm.training.run_folder import last_checkpoint, mark_whole, remove_leftovers
-from aligned_mllm.training.trainer import AlignTrainer
+from aligned_mllm.training.trainer import TermTrainer
 
 SAMPLES = 21  # the last of six steps has one sample: nothing is left for a second process
 STEPS = 15
@@ -83,7 +83,7 @@ class OneWeight(nn.Module):
         return {"terms": [distance(states, batch["targets"]["distance"])], "logits": squares}
 
 
-class Small(AlignTrainer):
+class Small(TermTrainer):
     "The real trainer, with the files of a model of one weight."
 
     def _save(self, output_dir=None, state_dict=None):
@@ -294,8 +294,7 @@ def claimed(folder: Path, teacher: str = "a1", model: str = "owner/name", **sett
 
 def test_a_run_is_more_than_its_settings(tmp_path, monkeypatch, capsys):
     "Teachers by content, samples of a step, precision of the launcher; versions and processes are recorded."
-    with_batch = {"global_batch_size": 4, "gradient_accumulation_steps": 2}
-    for folder, settings in ((tmp_path / "plain", {}), (tmp_path / "fixed", with_batch)):
+    for folder, settings in ((tmp_path / "plain", {}), (tmp_path / "fixed", {"global_batch_size": 4})):
         assert claimed(folder, **settings)["processes"] == 1
         (folder / "checkpoint-3").mkdir()
         mark_whole(folder / "checkpoint-3", {"step": 3})
@@ -312,7 +311,8 @@ def test_a_run_is_more_than_its_settings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("aligned_mllm.training.run.environment", lambda: {"versions": {"torch": "3.0"}})
     with pytest.raises(InputError, match="samples_per_step was 2 and is 4 now.* as many processes as before"):
         claimed(tmp_path / "plain")
-    record = claimed(tmp_path / "fixed", **{**with_batch, "gradient_accumulation_steps": 1})
+    monkeypatch.setattr("aligned_mllm.training.config.accumulation_of", lambda *_: 1)
+    record = claimed(tmp_path / "fixed", global_batch_size=4)
     assert record["resumed"][1] == {"step": 3, "versions.torch": "3.0", "processes": 2}
     said = capsys.readouterr().out
     assert "resumed after step 3 in another environment" in said and "processes 1, now 2" in said

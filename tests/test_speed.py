@@ -15,7 +15,7 @@ from aligned_mllm.core import InputError
 from aligned_mllm.data import collate
 from aligned_mllm.data.collate import Collator
 from aligned_mllm.models.trainable import parameters_by_part
-from aligned_mllm.objectives.viral import Viral
+from aligned_mllm.objectives.viral import ViralLoss
 from aligned_mllm.training.papers.viral import FAST, paper_recipe, paper_recipe_names
 from aligned_mllm.teachers.targets import Targets
 from aligned_mllm.teachers.vision import load_teacher
@@ -24,6 +24,7 @@ from aligned_mllm.training.config import configured
 from aligned_mllm.training.checkpoint import load_aligned, save_aligned
 from aligned_mllm.training.model import AlignedModel, with_targets
 from aligned_mllm.training.run import trainer_of
+from aligned_mllm.training.trainer import TermTrainer
 from aligned_mllm.training.trainer import LengthOrder
 
 FEW = {
@@ -151,7 +152,7 @@ def test_every_family_takes_positions(name):
 
 def lines_of(trainer):
     torch.manual_seed(0)
-    trainer.train()
+    TermTrainer.train(trainer)  # the steps alone, without the finished folder
     return torch.tensor(
         [
             [line["loss"], line["loss_text"], line["grad_norm"]]
@@ -262,7 +263,7 @@ def test_lengths_come_from_the_words(mixed_data, tmp_path, monkeypatch):
 
     assert filled(list(order)) < 0.6 * filled(list(range(len(samples))))
     assert sorted(order) == list(range(len(samples)))
-    trainer.train()
+    TermTrainer.train(trainer)  # the steps alone, without the finished folder
 
 
 def test_features_stay_where_they_were_made(mixed_data, tmp_path):
@@ -294,7 +295,7 @@ def test_features_stay_where_they_were_made(mixed_data, tmp_path):
 def test_only_counted_tokens_are_projected():
     "Value, count and gradients as of projecting all and choosing then."
     torch.manual_seed(0)
-    objective = Viral(8, 6, [2], hidden=16).double()
+    objective = ViralLoss(8, 6, [2], hidden=16).double()
     states = torch.randn(10, 8, dtype=torch.double, requires_grad=True)
     targets = torch.randn(10, 6, dtype=torch.double)
     keep = torch.tensor([True, False] * 5)

@@ -20,7 +20,7 @@ from aligned_mllm.core import InputError, checksum, seed_everything
 from aligned_mllm.teachers.cache import FeatureCache
 from aligned_mllm.teachers.families import FAMILIES
 from aligned_mllm.models.taps import Taps
-from aligned_mllm.objectives.viral import Viral
+from aligned_mllm.objectives.viral import ViralLoss
 from aligned_mllm.teachers.targets import Pairing, Targets, position_mean, whole_images
 from aligned_mllm.teachers.pixels import crop_view, on_grid, shows_picture
 from aligned_mllm.teachers.vision import Teacher, encoder_teacher, load_teacher, random_teacher
@@ -527,7 +527,7 @@ def test_own_projection_follows_the_projector(parts):
     }
     own = encoder_teacher(model, processor)
     raw = own.features([own.pixels_of_view(noise(40, 40), WHOLE, (5, 5))])[0]
-    objective = Viral(model.config.get_text_config().hidden_size, 24, [1], source=Pairing())
+    objective = ViralLoss(model.config.get_text_config().hidden_size, 24, [1], source=Pairing())
     for _ in range(2):
         (target,) = objective.targets([batch])
         with Taps(model, [0]) as taps:

@@ -31,7 +31,7 @@ from aligned_mllm.experiments.benchmark_setup import (
 )
 from ..objectives.base import combine
 from ..objectives.text import TextLoss
-from ..objectives.viral import Viral
+from ..objectives.viral import ViralLoss
 from ..teachers.cache import FeatureCache
 from ..teachers.targets import Targets
 from ..training.config import WEIGHTS
@@ -75,8 +75,8 @@ def interleaved(
     options: Options,  # how many blocks and steps
     warm: int,  # steps of each mode before the first block
 ) -> pd.DataFrame:
-    """Seconds a step (wall clock; CPU time of this process) and peak MiB of every block, modes in turns:
-    columns block, mode, seconds, cpu, peak (NaN on CPU)."""
+    """Seconds a step (wall clock; CPU time of this process) and peak MiB of every block, modes in turns, each
+    after an untimed step: columns block, mode, seconds, cpu, peak (NaN on CPU)."""
     cuda = options.device == "cuda"
     rows = []
     for _, step in ((mode, step) for mode, step in steps.items() for _ in range(warm)):
@@ -84,6 +84,7 @@ def interleaved(
     for block in range(options.blocks):
         shift = block % len(steps)
         for mode in [*steps][shift:] + [*steps][:shift]:
+            steps[mode]()
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -136,7 +137,7 @@ def benchmark(
         folder = Path(root)
         student, teacher, parameters = student_and_teacher(shape, options)
         width = shape.text["hidden_size"]
-        objective = Viral(width, teacher.width, [shape.layer], hidden=shape.inside).to(options.device)
+        objective = ViralLoss(width, teacher.width, [shape.layer], hidden=shape.inside).to(options.device)
         batches = batches_of(shape, teacher, options, folder)
         weights = [*student.parameters(), *objective.parameters()]
         trained = [value for value in weights if value.requires_grad]

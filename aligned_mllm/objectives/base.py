@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'LOGITS', 'OBJECTIVES', 'Term', 'combine', 'text_positions', 'before_visual_tokens', 'Tap', 'Target',
-           'rows_of_all_processes', 'Context', 'Objective', 'setting', 'register', 'objective_class', 'settings_of']
+           'rows_of_all_processes', 'Context', 'Objective', 'setting', 'register', 'objective_class', 'settings_of',
+           'labelled', 'settings_table']
 
 # %% ../../nbs/lib/objectives/00_base.ipynb #ae5003a1
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -263,15 +265,20 @@ def register(
     OBJECTIVES[objective.name] = objective
     return objective
 
+# %% ../../nbs/lib/objectives/00_base.ipynb #d95e1c43
+def _import_own() -> None:
+    "Import this package's modules: each registers its objective."
+    package = importlib.import_module("aligned_mllm.objectives")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
 # %% ../../nbs/lib/objectives/00_base.ipynb #2154a357
 def objective_class(
     label: str,  # NAME or NAME#ANYTHING
 ) -> type[Objective]:
     """The registered class of a label; modules of this package register themselves. Raises InputError for
     unknown names."""
-    package = importlib.import_module("aligned_mllm.objectives")
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        importlib.import_module(module.name)
+    _import_own()
     name = label.split("#")[0]
     if name not in OBJECTIVES:
         near = get_close_matches(name, OBJECTIVES, 1)
@@ -295,3 +302,35 @@ def settings_of(
         near = get_close_matches(unknown[0], fields, 3) or fields[:5]
         raise InputError(f"setting {label}.{unknown[0]}", f"a field such as {near}", f"see {kind.__name__}")
     return kind(**values)
+
+# %% ../../nbs/lib/objectives/00_base.ipynb #6f0d9b38
+def labelled(
+    objectives: Iterable,  # settings of registered objectives, such as Viral(teacher=...)
+) -> dict[str, dict]:
+    """Label to settings; the second objective of a name is NAME#2. Raises InputError for anything that is
+    not the settings of a registered objective."""
+    _import_own()
+    found = {}
+    for settings in objectives:
+        names = [name for name, kind in OBJECTIVES.items() if isinstance(settings, kind.Settings)]
+        if not names:
+            raise InputError(
+                f"objective {str(settings)[:60]!r}",
+                f"the settings of one of {sorted(OBJECTIVES)}",
+                "such as Viral(teacher='facebook/dinov2-base')",
+            )
+        number = sum(label.split("#")[0] == names[0] for label in found) + 1
+        label = names[0] if number == 1 else f"{names[0]}#{number}"
+        found[label] = dataclasses.asdict(settings)
+    return found
+
+# %% ../../nbs/lib/objectives/00_base.ipynb #5d3c1a7e
+def settings_table(
+    label: str,  # of an objective
+) -> pd.DataFrame:
+    "The settings of an objective, as they are written in a recipe: default and meaning of each."
+    rows = {}
+    for item in dataclasses.fields(objective_class(label).Settings):
+        default = item.default_factory() if item.default is dataclasses.MISSING else item.default
+        rows[f"{label}.{item.name}"] = {"default": repr(default), "meaning": item.metadata.get("help", "")}
+    return pd.DataFrame(rows).T

@@ -15,6 +15,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from ..core import InputError, command, whole_file
 from .convert import execute_notebook, front_page, page_cells, sphinx_page
 from .pages import find_pages, fingerprint
@@ -70,6 +72,7 @@ def write_pages(
     tutorials = [name for name in known if name.startswith("tutorials/")]
     with ThreadPoolExecutor(2) as pool:
         copies = pool.map(lambda name: execute_notebook(known[name], work / "executed", library), tutorials)
+        copies = tqdm(copies, desc="executing tutorials", total=len(tutorials))
         fresh = dict(zip(tutorials, copies))
     common = fingerprint(package / "_modidx.py", builder, *known)
     for name, notebook in known.items():
@@ -139,7 +142,9 @@ def build_site(
     settings = sphinx_settings(project.title, project.copyright, static)
     made = work / "html"
     warnings = io.StringIO()
-    Sphinx(source, None, made, work / "doctrees", "html", settings, status=None, warning=warnings).build()
+    progress = sys.stderr if sys.stderr.isatty() else None
+    places = (source, None, made, work / "doctrees")
+    Sphinx(*places, "html", settings, status=progress, warning=warnings).build()
     if warnings.getvalue():
         raise InputError(
             f"Sphinx warns:\n{warnings.getvalue()}",

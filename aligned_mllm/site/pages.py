@@ -20,13 +20,13 @@ SECTIONS = {  # folder below nbs: heading in the side bar, pages that come first
     ),
     "explanations": ("Explanations", "methods glossary paper_index shapes models teachers".split()),
     "lib": ("Library", []),
-    "runs": ("Runs", ["main_job", "inside"]),
+    "runs": ("Runs", ["main_job", "inside", "speed"]),
 }
 
 # %% ../../nbs/lib/site/00_pages.ipynb #8740ecb1
 ROOMS = (
-    "core data models worlds teachers objectives evals training figures analysis reporting experiments apps "
-    "train cli site"
+    "__init__ core data models worlds teachers objectives evals training figures analysis reporting "
+    "experiments apps train cli site"
 ).split()
 
 # %% ../../nbs/lib/site/00_pages.ipynb #5ad752c9

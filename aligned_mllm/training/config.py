@@ -33,7 +33,8 @@ WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class AlignConfig(TrainingArguments):
     "All settings of one run. Raises InputError for values that do not go together."
 
-    data: str = setting("", "the data folder; record files and image paths are below it")
+    data: str = setting("", "the data folder; record files and image paths are below it. Or one record file")
+    images: str = setting("", "the folder that image paths are below, if it is another one")
     model: str = setting(
         "", "'composed' (of vision_tower and language_model), 'embedded', a model folder, or a hub id"
     )
@@ -82,16 +83,15 @@ class AlignConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.check_choices()
+        if self.global_batch_size:
+            self.gradient_accumulation_steps = accumulation_of(
+                self.global_batch_size, self.per_device_train_batch_size
+            )
         labels = {"text": {}, **self.objectives}
         self.objectives = {
             label: dataclasses.asdict(settings_of(label, values)) for label, values in labels.items()
         }
-        if (self.trained_weights or self.weights) != self.weights and not self.bf16:
-            raise InputError(
-                f"trained_weights {self.trained_weights} beside weights {self.weights}",
-                "products in one type: autocast",
-                "set bf16=true, or trained_weights as weights",
-            )
+        self.check_types()
         if self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get(
             "use_reentrant"
         ):
@@ -114,6 +114,15 @@ class AlignConfig(TrainingArguments):
                 raise InputError(
                     f"{name} {getattr(self, name)!r}", f"one of {list(known)}", "correct the setting"
                 )
+
+    def check_types(self) -> None:
+        "Raises InputError for trained weights of a type of their own without autocast."
+        if (self.trained_weights or self.weights) != self.weights and not self.bf16:
+            raise InputError(
+                f"trained_weights {self.trained_weights} beside weights {self.weights}",
+                "products in one type: autocast",
+                "set bf16=true, or trained_weights as weights",
+            )
 
     @property
     def active_objectives(self) -> dict:
@@ -235,10 +244,6 @@ def configured(
             f"save_steps {saves} with logging_steps {merged['logging_steps']}",
             "a multiple of logging_steps",
             "change one: the loss lines of a resumed run would differ",
-        )
-    if merged.get("global_batch_size"):
-        merged["gradient_accumulation_steps"] = accumulation_of(
-            merged["global_batch_size"], merged.get("per_device_train_batch_size", 8)
         )
     try:
         return AlignConfig(data=str(data), output_dir=str(output), **merged)
