@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.objectives.base import Objective, Target
 from aligned_mllm.training.config import AlignConfig
-from aligned_mllm.training.run import claim_folder
+from aligned_mllm.training.claim import claim_folder
 from aligned_mllm.training.run_folder import last_checkpoint, mark_whole, remove_leftovers
 from aligned_mllm.training.trainer import TermTrainer
 
@@ -308,7 +308,7 @@ def test_a_run_is_more_than_its_settings(tmp_path, monkeypatch, capsys):
         with pytest.raises(InputError, match="mixed_precision was .* and is bf16 now"):
             claimed(tmp_path / "plain")
     monkeypatch.setattr(AlignConfig, "world_size", 2)
-    monkeypatch.setattr("aligned_mllm.training.run.environment", lambda: {"versions": {"torch": "3.0"}})
+    monkeypatch.setattr("aligned_mllm.training.claim.environment", lambda: {"versions": {"torch": "3.0"}})
     with pytest.raises(InputError, match="samples_per_step was 2 and is 4 now.* as many processes as before"):
         claimed(tmp_path / "plain")
     monkeypatch.setattr("aligned_mllm.training.config.accumulation_of", lambda *_: 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'WHOLE', 'RunFolder', 'mark_whole', 'remove_checkpoint', 'checkpoints_of', 'remove_older', 'last_checkpoint',
-           'remove_leftovers', 'flat', 'require_same_run', 'record_environment', 'save_left_out']
+           'remove_leftovers', 'save_left_out']
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #cf2b0913
 import csv
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ..core import InputError, load_json, save_json, whole_file
+from ..core import save_json, whole_file
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #a2119809
 CURVES = ("loss", "grad_norm", "learning_rate", "eval_")  # beginnings of the names that curves.csv keeps
@@ -120,67 +120,6 @@ def remove_leftovers(
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-# %% ../../nbs/lib/training/76_run_folder.ipynb #54736554
-def flat(
-    values: dict,  # may hold dicts
-) -> dict:
-    "The same as one dict, with keys A.B."
-    found = {}
-    for key, value in values.items():
-        inner = flat(value) if isinstance(value, dict) and value else None
-        found |= {key: value} if inner is None else {f"{key}.{name}": item for name, item in inner.items()}
-    return found
-
-# %% ../../nbs/lib/training/76_run_folder.ipynb #ade443dd
-def require_same_run(
-    run: Path,  # a run folder
-    before: dict,  # what its config.json holds
-    now: dict,  # the same for this start; other keys of `before` are not compared
-    free: set[str],  # keys that may differ
-) -> None:
-    "Raises InputError that names what differs."
-    compared = set(now) - free
-    old = flat({key: value for key, value in before.items() if key in compared})
-    new = flat({key: value for key, value in now.items() if key in compared})
-    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if not different:
-        return
-    said = []
-    for key in different[:4]:
-        name = key.removeprefix("objectives.")
-        said.append(f"{name} was {str(old.get(key))[:60]} and is {str(new.get(key))[:60]} now")
-    remedy = "choose another --output, or delete the folder"
-    if "samples_per_step" in different:
-        remedy = f"start as many processes as before (or set global_batch_size from the start), or {remedy}"
-    raise InputError(
-        f"{run} holds a run with other settings: {', '.join(said)}",
-        "the same settings, or an empty folder",
-        remedy,
-    )
-
-# %% ../../nbs/lib/training/76_run_folder.ipynb #e02fb5fd
-def record_environment(
-    run: Path,  # a run folder
-    now: dict,  # versions and machine of this process
-    step: int | None = None,  # of the checkpoint from which the run is resumed
-) -> None:
-    """Write environment.json; for a resumed run, append what has changed since the last start, and print
-    it."""
-    path = run / "environment.json"
-    if step is None or not path.is_file():
-        save_json(now, path)
-        return
-    record = load_json(path)
-    resumed = record.pop("resumed", [])
-    latest = flat(record)
-    for entry in resumed:
-        latest |= entry
-    changed = {key: value for key, value in flat(now).items() if latest.get(key, value) != value}
-    save_json({**record, "resumed": [*resumed, {"step": step, **changed}]}, path)
-    if changed:
-        said = [f"{key} {latest[key]}, now {value}" for key, value in changed.items()]
-        print(f"resumed after step {step} in another environment: {'; '.join(said)}", flush=True)
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #5ec253cb
 def save_left_out(
