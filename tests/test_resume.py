@@ -90,6 +90,10 @@ class Small(TermTrainer):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         torch.save(self.model.weight.data, f"{output_dir}/weight.pt")
 
+    def evaluate(self, *arguments, **keywords):
+        self.log({"eval_weight": self.model.weight.item()})
+        return {}
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.weight.data = torch.load(f"{resume_from_checkpoint}/weight.pt")
 
@@ -114,6 +118,7 @@ SETTINGS = {
     "learning_rate": 0.1,
     "logging_steps": 4,
     "save_strategy": "no",
+    "eval_on_start": True,
     "use_cpu": True,
     "disable_tqdm": True,
 }
@@ -135,7 +140,9 @@ def trained(folder: Path, start: Path | None = None, **settings) -> dict:
     trainer = small(folder, **settings)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     steps = next(item.steps for item in trainer.callback_handler.callbacks if isinstance(item, Watch))
-    lines = [line for line in trainer.state.log_history if "loss" in line and line.pop("epoch")]
+    lines = [line for line in trainer.state.log_history if "train_loss" not in line]
+    for line in lines:
+        line.pop("epoch", None)
     return {"steps": steps, "weight": trainer.model.weight.item(), "lines": lines}
 
 

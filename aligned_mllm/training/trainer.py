@@ -173,6 +173,11 @@ class ResumableTrainer(Trainer):
             self.control.should_log = True  # no part of a line of the curves is lost
         super()._maybe_log_save_evaluate(*arguments, **keywords)
 
+    def _evaluate(self, *arguments, skip_scheduler=False, **keywords):
+        if skip_scheduler and self.state.global_step:  # eval_on_start, and this is not the start
+            return {}
+        return super()._evaluate(*arguments, skip_scheduler=skip_scheduler, **keywords)
+
     @contextmanager
     def all_checkpoints_kept(self) -> Iterator[None]:
         "transformers removes no checkpoint in this block."
