@@ -1,6 +1,7 @@
 """The front door: a model object, records and the settings of an objective are enough to train, on one
 process or two, and they leave a plain checkpoint."""
 
+import json
 import os
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from aligned_mllm import AlignConfig, AlignTrainer, Viral, load_model
 from aligned_mllm.core import InputError, load_json
+from aligned_mllm.data.records import Records
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {"max_steps": 2, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "seed": 3}
@@ -72,6 +74,26 @@ def test_the_eight_lines(runs, family):
     assert layers["teacher"] == "dense" and load_json(runs / family / "done.json")["steps"] == 2
     plain = AutoModelForImageTextToText.from_pretrained(runs / family / "model")
     assert plain.config.model_type == tiny(family)[0].config.model_type
+
+
+def test_every_form_of_data_trains_alike(runs, small_data, tmp_path):
+    "Chat messages in a file, and rows with the pictures inside, give the losses of LLaVA's form."
+    records = Records(small_data / "train.jsonl")
+    rows = []
+    for index, record in enumerate(records):
+        messages = [
+            {"role": role, "content": text}
+            for turn in record.turns
+            for role, text in (("user", turn.question), ("assistant", turn.answer))
+        ]
+        pictures = [records.image(name) for name in record.images]
+        rows.append({"id": index, "messages": messages, "images": pictures})
+    lines = [json.dumps({**row, "images": list(records[at].images)}) for at, row in enumerate(rows)]
+    chat = small_data / "chat.jsonl"
+    chat.write_text("\n".join(lines), encoding="utf-8")
+    for name, source in (("chat", chat), ("rows", rows)):
+        trained("llava", source, tmp_path / name, batch=4)
+        assert (losses(tmp_path / name) == losses(runs / "llava")).all()
 
 
 def test_a_folder_by_name_and_the_middle_layer(runs, small_data, tmp_path):

@@ -62,7 +62,6 @@ def message(call, *arguments, **options):
 
 BROKEN = {
     "no object": ("just words", "'just words'"),
-    "no id": ({key: value for key, value in sample().items() if key != "id"}, '"id" is None'),
     "empty id": (sample(" "), "\"id\" is ' '"),
     "true as id": (sample(True), '"id" is True'),
     "number as image": (sample(image=7), "\"image\" is '7'"),
@@ -121,7 +120,10 @@ def test_what_is_allowed():
         }
     )
     assert record.images == ("a.png", "b.png") and [turn.answer for turn in record.turns] == ["1", "2"]
-    assert "write the key" in message(parse_record, sample(image=None, images=["a.png"]))
+    assert parse_record(sample(image=None, images=["a.png"])).images == ("a.png",)
+    nameless = {key: value for key, value in sample().items() if key != "id"}
+    assert parse_record(nameless, "data/train.jsonl:12").id == "train.jsonl:12"
+    assert '"id" is None' in message(parse_record, nameless)  # no place either
 
 
 @pytest.mark.parametrize("category", [None, "count", ["count", "where"], ["", "where"]])

@@ -24,7 +24,6 @@ from .checkpoints import LoadedModel, loaded_models
 from .features import ROW, features_beside, own_encoder, picture_batch, rows_of
 from ..core import InputError, checksum, load_json, path_inside, save_json, sole_owner
 from ..data.collate import model_inputs
-from ..data.images import open_image
 from ..data.records import Records
 from ..models.taps import Taps, check_layers, decoder_layers
 from ..teachers.cache import require_equal, signature
@@ -98,7 +97,8 @@ class PictureList:
     ):
         self.source = source
         self.digest = hashlib.sha256()
-        if isinstance(source, Records):
+        self.records = hasattr(source, "image")
+        if self.records:
             names = [name for index in range(len(source)) for name in source[index].images]
         else:
             names = [str(index) for index in range(len(source))]
@@ -110,10 +110,7 @@ class PictureList:
         "Images `start` to `end`, which are added to the fingerprint."
         found = []
         for index in range(start, min(end, len(self.names))):
-            if isinstance(self.source, Records):
-                image = open_image(self.names[index], self.source.image_folder)
-            else:
-                image = self.source[index]
+            image = self.source.image(self.names[index]) if self.records else self.source[index]
             self.digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
             found.append(image)
         return found

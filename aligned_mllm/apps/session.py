@@ -19,6 +19,7 @@ from PIL import Image
 from ..analysis.checkpoints import LoadedModel, load_checkpoint
 from ..core import InputError, data_folder, load_json, path_inside
 from ..data.images import open_image
+from ..data.open import open_records
 from ..data.records import Records
 from ..worlds.questions import all_questions
 from ..worlds.scenes import draw, scenes_of
@@ -99,7 +100,7 @@ def record_picture(
         KnownQuestion(turn.question.replace("<image>", "").strip(), turn.answer, turn.category)
         for turn in record.turns
     )
-    return Picture(open_image(record.images[0], records.image_folder), record.id, known)
+    return Picture(records.image(record.images[0]), record.id, known)
 
 # %% ../../nbs/lib/apps/00_session.ipynb #ac4c7293
 EMBEDDED = "embedded, projector untrained"  # the checkpoint that is always there
@@ -213,7 +214,7 @@ class Session:
         data = data_folder_of(run)
         file = path_inside(data, settings.get("records", "test.jsonl"))
         if file not in self.opened:
-            self.opened[file] = Records(file, data)
+            self.opened[file] = open_records(file, data)
         return self.opened[file]
 
 # %% ../../nbs/lib/apps/00_session.ipynb #94fa6455

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core import InputError, command, load_json, save_json, whole_file
 from ..data.collate import Collator, Samples, model_inputs
+from ..data.open import open_records
 from ..data.records import Records
 from .statistics import wilson
 from ..models.load import load_model
@@ -109,7 +110,7 @@ def score_run(
         raise InputError(
             f"{run} holds no finished run", "a run folder with done.json", "let the training finish first"
         )
-    questions = Records(data / records, data)
+    questions = open_records(data / records, data)
     identity = {"records": records, "digest": questions.digest}
     if (run / "scores.json").is_file() and load_json(run / "scores.json") == identity:
         return pd.read_csv(run / "scores.csv")
@@ -122,7 +123,7 @@ def score_run(
     lines = [json.dumps(row) + "\n" for row in answers.to_dict("records")]
     with whole_file(run / "answers.jsonl") as path:
         path.write_text("".join(lines), encoding="utf-8")
-    table = score_table(answers, majority_answers(Records(data / training, data)))
+    table = score_table(answers, majority_answers(open_records(data / training, data)))
     with whole_file(run / "scores.csv") as path:
         table.to_csv(path, index=False)
     save_json(identity, run / "scores.json")

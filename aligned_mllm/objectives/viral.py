@@ -86,11 +86,17 @@ def teacher_targets(
     no such teacher."""
     teacher = context.teacher(settings.teacher, settings.teacher_pixels)
     records = context.records
+    folder = None if records is None else records.image_folder
+    if settings.teacher_cache and records and folder is None:
+        raise InputError(
+            "teacher_cache for pictures inside a data set",
+            "image files, as the cache knows an image by its file",
+            "leave teacher_cache out, or save the pictures as files",
+        )
     mean = None
     if "mean" in settings.target:  # a dry run has no records, and nobody reads its mean
         mean = mean_over_images(teacher, records) if records else torch.zeros(1, 1, teacher.width)
     disk = FeatureCache(settings.teacher_cache, teacher) if settings.teacher_cache and records else None
-    folder = None if records is None else records.image_folder
     return Targets(teacher, Pairing(settings.target, mean), disk=disk, image_folder=folder)
 
 # %% ../../nbs/lib/objectives/30_viral.ipynb #840d5783

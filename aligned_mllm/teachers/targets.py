@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..core import InputError, path_inside
-from ..data.images import open_image
 from ..data.records import Records
 from .pixels import on_grid, shows_picture
 from .vision import Teacher
@@ -67,7 +66,7 @@ def mean_over_images(
     names = list(dict.fromkeys(every))[:limit]
     parts = []
     for start in range(0, len(names), 64):
-        images = [open_image(name, records.image_folder) for name in names[start : start + 64]]
+        images = [records.image(name) for name in names[start : start + 64]]
         parts.append(teacher.features(teacher.pixels(images)))
     return position_mean(torch.cat(parts))
 

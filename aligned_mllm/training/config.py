@@ -18,6 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..core import InputError
+from ..data.collate import TOO_LONG
 from ..models.compose import CHATS
 from ..models.trainable import STAGES
 from ..models.residual import RESIDUALS
@@ -53,6 +54,12 @@ class AlignConfig(TrainingArguments):
     first_records: int = setting(0, "use only so many records; 0 uses all")
     broken_records: str = setting(
         "raise", "'raise', or 'leave_out': continue without them; left_out.csv lists them"
+    )
+    repair_records: bool = setting(
+        True, "repair small faults as LLaVA's loader does, see data.forms.REPAIRS; repairs.csv counts them"
+    )
+    too_long: str = setting(
+        "raise", "'raise', or 'leave_out': for samples that max_length would leave without an answer"
     )
     with_images: bool = setting(True, "false trains a blind model")
     max_length: int = setting(0, "longest sample in tokens; 0 for no limit")
@@ -108,6 +115,7 @@ class AlignConfig(TrainingArguments):
             "trained_weights": ("", *WEIGHTS),
             "residual": ("", *RESIDUALS),
             "chat": CHATS,
+            "too_long": TOO_LONG,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..core import InputError
-from ..data.records import Records
+from ..data.open import open_texts
 from ..models.trainable import parameter_audit, parts_of
 from ..objectives.base import Objective
 from ..teachers.vision import EMBEDDED_TEACHERS, Teacher, load_teacher
@@ -142,7 +142,7 @@ def step_plan(
     processes = int(os.environ.get("WORLD_SIZE", 1))
     samples = KNOWN_COUNTS.get(config.records)
     if config.data and path.is_file():
-        samples = len(Records(path, check_images=False, broken="leave_out"))
+        samples = len(open_texts(path))
     if samples and config.first_records:
         samples = min(samples, config.first_records)
     batch = config.per_device_train_batch_size

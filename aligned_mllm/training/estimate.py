@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from ..core import InputError
-from ..data.records import IMAGE, Records
+from ..data.open import open_texts
+from ..data.record import IMAGE
 
 # %% ../../nbs/lib/training/10_estimate.ipynb #6644c80b
 KNOWN_COUNTS = {
@@ -46,7 +47,7 @@ def summarize_records(
 ) -> dict:
     """Statistics of a record file: the number of samples; among those examined, the share with an image,
     the mean and largest number of characters, and the share of characters in answers."""
-    records = Records(path, check_images=False, broken="leave_out")
+    records = open_texts(path)
     chosen = [records[index] for index in range(0, len(records), max(1, len(records) // limit))]
     answers = [sum(len(turn.answer) for turn in record.turns) for record in chosen]
     questions = [sum(len(turn.question.replace(IMAGE, "")) for turn in record.turns) for record in chosen]

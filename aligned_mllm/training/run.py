@@ -50,6 +50,7 @@ from aligned_mllm.training.run_folder import (
     remove_checkpoint,
     remove_leftovers,
     save_left_out,
+    save_repairs,
 )
 from .trainer import TermTrainer
 
@@ -68,7 +69,7 @@ def bytes_to_save(
 def report_parameters(
     trainer: TermTrainer,
 ) -> None:
-    "Print the loss; print and save which parameters train, and which records are left out."
+    "Print the loss; print and save which parameters train, and which records are left out or repaired."
     output = Path(trainer.args.output_dir)
     model = trainer.model
     terms = [f"{objective.weight:g} x {label}" for label, objective in model.objectives.items()]
@@ -79,8 +80,12 @@ def report_parameters(
     if any(each.dtype == torch.bfloat16 and each.requires_grad for each in model.student.parameters()):
         print("trained in bfloat16, which loses small updates: see the settings trained_weights and bf16")
     save_json(audit.T.to_dict(), output / "parameters.json")
-    left_out = trainer.train_dataset.records.left_out
+    records = trainer.train_dataset.records
+    left_out = records.left_out
     save_left_out(left_out, output / "left_out.csv")
+    save_repairs(records.repairs, output / "repairs.csv")
+    for name, count, first in records.repairs.rows():
+        print(f"{count} records are repaired: {name}, the first at {first}", flush=True)
     if left_out:
         print(f"{len(left_out)} records are left out, see {output / 'left_out.csv'}", flush=True)
 
@@ -172,7 +177,8 @@ class AlignTrainer(TermTrainer):
         seed_everything(config.seed)
         if config.compile_layers:
             require_compiler()
-        records = open_records(train_dataset, broken=config.broken_records)
+        images = config.images or None
+        records = open_records(train_dataset, images, config.broken_records, config.repair_records)
         given = None if isinstance(model, str) else model
         student, processor = student_of(config, given, processing_class)
         terms = objectives_of(config, context_of(config, student, processor, records))
@@ -180,12 +186,14 @@ class AlignTrainer(TermTrainer):
         pixels = {objective.label: objective.view_pixels() for objective in terms}
         common = {"with_images": config.with_images, "max_length": config.max_length or None}
         if eval_dataset is not None:
-            eval_dataset = Samples(open_records(eval_dataset), processor, **common)
+            questions = open_records(eval_dataset, images, repair=config.repair_records)
+            eval_dataset = Samples(questions, processor, **common)
         samples = Samples(
             records,
             processor,
             view_pixels={label: made for label, made in pixels.items() if made is not None},
             first_records=config.first_records,
+            too_long=config.too_long,
             **common,
         )
         keywords["callbacks"] = [RunFolder(), *keywords.get("callbacks", [])]
@@ -203,6 +211,8 @@ class AlignTrainer(TermTrainer):
             kind = type(student).__name__
             print(f"{kind} takes no logits_to_keep: logits are made at all positions", flush=True)
         samples[0]
+        if records.first_system is not None and records.first_system < len(samples):
+            samples[records.first_system]  # the chat template needs a place for system turns
 
     def train(self, resume_from_checkpoint=None):
         """Train from the last whole checkpoint or from the start, verify what had to stay frozen, and finish
@@ -273,12 +283,12 @@ def trainer_of(
     path = Path(config.data)
     folder = path.parent if path.is_file() else path
     images = config.images or folder
-    evaluation = None
-    if config.evaluation_records:
-        evaluation = open_records(folder / config.evaluation_records, images)
     source = path if path.is_file() else folder / config.records
-    records = open_records(source, images, broken=config.broken_records)
-    return AlignTrainer(config.model, config, records, eval_dataset=evaluation, recipe=recipe)
+    records = open_records(source, images, config.broken_records, config.repair_records)
+    questions = None
+    if config.evaluation_records:
+        questions = open_records(folder / config.evaluation_records, images, repair=config.repair_records)
+    return AlignTrainer(config.model, config, records, eval_dataset=questions, recipe=recipe)
 
 # %% ../../nbs/lib/training/80_run.ipynb #80b259df
 def run(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'WHOLE', 'RunFolder', 'mark_whole', 'remove_checkpoint', 'checkpoints_of', 'remove_older', 'last_checkpoint',
-           'remove_leftovers', 'save_left_out']
+           'remove_leftovers', 'save_left_out', 'save_repairs', 'merged_left_out']
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #cf2b0913
 import csv
@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ..core import save_json, whole_file
+from ..data.record import LeftOut, Repairs
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #a2119809
 CURVES = ("loss", "grad_norm", "learning_rate", "eval_")  # beginnings of the names that curves.csv keeps
@@ -123,10 +124,31 @@ def remove_leftovers(
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #5ec253cb
 def save_left_out(
-    left_out: list,  # from Records
+    left_out: list[LeftOut],  # from Records
     path: Path,  # a CSV file
 ) -> None:
     "The samples that are not trained on, each with its place and reason."
     rows = [("where", "id", "reason"), *((item.where, item.id, item.reason) for item in left_out)]
-    with whole_file(path) as temporary, open(temporary, "w", newline="") as handle:
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows(rows)
+
+# %% ../../nbs/lib/training/76_run_folder.ipynb #58cb49ac
+def save_repairs(
+    repairs: Repairs,  # from Records
+    path: Path,  # a CSV file
+) -> None:
+    "How many samples were repaired, by the name of the repair, with the first place of each."
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([("repair", "samples", "first"), *repairs.rows()])
+
+# %% ../../nbs/lib/training/76_run_folder.ipynb #f6cee78b
+def merged_left_out(
+    path: Path,  # a CSV file of `save_left_out`, perhaps not there yet
+    found: list[LeftOut],
+) -> list[LeftOut]:
+    "The samples listed in a file, and those found since, each once."
+    before = []
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as handle:
+            before = [LeftOut(*row) for row in list(csv.reader(handle))[1:]]
+    return list(dict.fromkeys([*before, *found]))

@@ -12,17 +12,27 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..core import InputError
-from ..data.collate import estimated_lengths
+from ..data.collate import estimated_lengths, left_out_of
+from ..data.record import LeftOut
 from ..models.trainable import parameters_by_part
 from ..objectives.base import combine, text_positions
 from .checkpoint import load_aligned, save_aligned
 from .model import with_targets
-from .run_folder import WHOLE, RunFolder, last_checkpoint, mark_whole, remove_older
+from aligned_mllm.training.run_folder import (
+    WHOLE,
+    RunFolder,
+    last_checkpoint,
+    mark_whole,
+    merged_left_out,
+    remove_older,
+    save_left_out,
+)
 
 # %% ../../nbs/lib/training/78_trainer.ipynb #d0ee2a20
 class LengthOrder(LengthGroupedSampler):
@@ -220,6 +230,7 @@ class TermTrainer(ResumableTrainer):
         super().__init__(*arguments, **keywords)
         self.sums = {}  # term to its sum over the steps since the last log line
         self.logged_step = 0
+        self.too_long: set[int] = set()  # samples left out for their length, of this process
         unused_not_allowed = self.args.world_size > 1 and self.args.ddp_find_unused_parameters is False
         if self.shares_weights or unused_not_allowed:
             self.model.use_every_weight()
@@ -238,6 +249,8 @@ class TermTrainer(ResumableTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of a step with their targets, and the count of each term over all processes."
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with_asked = [batch for batch in batches if "asked" in batch]
+        self.too_long |= left_out_of(with_asked, len(self.train_dataset))
         found = [batch for batch in batches if "targets" not in batch]
         fillers = batches[len(found) :]  # see Filled
         batches = with_targets(found, self.model.objectives.values()) if found else []
@@ -278,7 +291,20 @@ class TermTrainer(ResumableTrainer):
                 logs[f"loss_{name}"] = round(self.accelerator.reduce(value, "sum").item() / steps, 6)
             self.sums = {}
             self.logged_step = self.state.global_step
+        if self.args.too_long == "leave_out" and ("loss" in logs or "train_loss" in logs):
+            self.save_too_long()
         super().log(logs, start_time)
+
+    def save_too_long(self) -> None:
+        "List the samples left out for their length, of all processes and of an earlier part of the run."
+        every = sorted(set(gather_object(sorted(self.too_long))))
+        if not self.is_world_process_zero():
+            return
+        records = self.train_dataset.records
+        reason = f"no answer, or not every image, within max_length {self.args.max_length}"
+        found = [LeftOut(records[index].where, records[index].id, reason) for index in every]
+        path = Path(self.args.output_dir) / "too_long.csv"
+        save_left_out(merged_left_out(path, found), path)
 
     def create_optimizer(self, model=None):
         "transformers' optimizer; with `projector_learning_rate` the projector has groups of its own."
