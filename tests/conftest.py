@@ -57,20 +57,30 @@ def in_fork(function, *arguments):
     return process
 
 
-def train(*arguments, processes: int = 1) -> tuple[list[int], str]:
-    "Exit statuses of the command's processes, and what they printed."
-    output = arguments[2]
-    log = output.parent / f"{output.name}.log"
+def log_of(output: Path) -> Path:
+    "Where the processes of a run print."
+    return output.parent / f"{output.name}.log"
+
+
+def started(*arguments, processes: int = 1) -> list:
+    "The command's processes, which have just begun."
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    started = []
+    found = []
     for rank in range(processes):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), **together} if processes > 1 else {}
-        process = FORKS.Process(target=train_here, args=(log, train_words(*arguments)), kwargs=variables)
+        work = (log_of(arguments[2]), train_words(*arguments))
+        process = FORKS.Process(target=train_here, args=work, kwargs=variables)
         process.start()
-        started.append(process)
-    for process in started:
+        found.append(process)
+    return found
+
+
+def train(*arguments, processes: int = 1) -> tuple[list[int], str]:
+    "Exit statuses of the command's processes, and what they printed."
+    found = started(*arguments, processes=processes)
+    for process in found:
         process.join(300)
-    return [process.exitcode for process in started], log.read_text()
+    return [process.exitcode for process in found], log_of(arguments[2]).read_text()
 
 
 @pytest.fixture(scope="session")

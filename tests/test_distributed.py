@@ -166,13 +166,15 @@ def test_adapters_and_projector_come_back(small_data, tmp_path, dora):
 
 
 def test_two_processes_with_a_text_only_process_are_one(mixed_data, tmp_path):
-    "One sample a process and step: in most steps one of the two has no picture, and no alignment term."
+    """One sample a process and step: in most steps one of the two has no picture, and no alignment term;
+    in the last step of the epoch, one has no sample."""
     words = [
         f"{key}={json.dumps(value)}"
         for key, value in FEW.items()
         if key != "evaluation_records" and "batch_size" not in key
     ]
-    words += ["evaluation_records=", "records=mixed.jsonl", "per_device_train_batch_size=1"]
+    words += ["records=mixed.jsonl", "evaluation_records=", "first_records=9"]
+    words += ["per_device_train_batch_size=1"]
     words = [word if not word.startswith("max_steps") else "max_steps=6" for word in words]
     statuses, said = train("scenes_viral", mixed_data, tmp_path / "two", *words, processes=2)
     assert statuses == [0, 0], said[-2000:]
@@ -180,7 +182,13 @@ def test_two_processes_with_a_text_only_process_are_one(mixed_data, tmp_path):
         "scenes_viral",
         mixed_data,
         tmp_path / "one",
-        {**FEW, "max_steps": 6, "records": "mixed.jsonl", "per_device_train_batch_size": 2},
+        {
+            **FEW,
+            "max_steps": 6,
+            "records": "mixed.jsonl",
+            "per_device_train_batch_size": 2,
+            "first_records": 9,
+        },
     )
     one, two = (
         pd.read_csv(tmp_path / name / "curves.csv").pivot(index="step", columns="name", values="value")

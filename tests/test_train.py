@@ -11,10 +11,10 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, FORKS, in_fork, launch, train, train_here, train_words
+from conftest import ENVIRONMENT, in_fork, launch, started, train, train_here, train_words
 from safetensors.torch import load_file
 
-from aligned_mllm.core import InputError, checksum, load_json
+from aligned_mllm.core import InputError, checksum, load_json, sole_owner
 from aligned_mllm.training.config import configured, parsed_setting
 from aligned_mllm.train import run
 from aligned_mllm.training.run import trainer_of
@@ -112,27 +112,39 @@ def test_two_processes_are_one(one_run, small_data, tmp_path):
 
 
 def test_killed_and_run_again_is_bit_equal(small_data, tmp_path):
+    "Two processes, killed in their second epoch, in which batches are grouped by length again."
     words = [
-        *(word for word in WORDS if "steps" not in word),
-        "max_steps=24",
+        *(word for word in WORDS if "steps" not in word and "batch_size" not in word),
+        "per_device_train_batch_size=4",
+        "train_sampling_strategy=group_by_length",
+        "first_records=42",
+        "max_steps=12",
         "logging_steps=4",
         "save_steps=4",
+        "save_total_limit=1",
         "eval_steps=8",
     ]
-    assert train("scenes_viral", small_data, tmp_path / "whole", *words)[0] == [0]
-    again = train_words("scenes_viral", small_data, tmp_path / "killed", *words)
-    process = FORKS.Process(target=train_here, args=(tmp_path / "log", again))
-    process.start()
-    while not list((tmp_path / "killed").glob("checkpoint-*/whole.json")):
-        assert process.is_alive(), "ended before it could be killed"
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed" / "done.json").exists()
-    assert train("scenes_viral", small_data, tmp_path / "killed", *words)[0] == [0]
-    assert load_json(tmp_path / "killed" / "done.json")["resumed"]
+    command = ("scenes_viral", small_data)
+    assert train(*command, tmp_path / "whole", *words, processes=2)[0] == [0, 0]
+    killed = tmp_path / "killed"
+    pair = started(*command, killed, *words, processes=2)
+    while not (killed / "checkpoint-8" / "whole.json").exists():
+        assert all(process.is_alive() for process in pair), "ended before it could be killed"
+        time.sleep(0.01)
+    for process in pair:
+        process.kill()
+    for process in pair:
+        process.join()
+    assert {process.exitcode for process in pair} == {-signal.SIGKILL}
+    assert not (killed / "done.json").exists()
+    for folder in (killed, killed / "another_run"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".curves.csv.0f3a9c21.part").touch()
+    assert train(*command, killed, *words, processes=2)[0] == [0, 0]
+    assert load_json(killed / "done.json")["resumed"]
+    assert [path.parent.name for path in killed.rglob(".*")] == ["another_run"]
     for name in ("model/model.safetensors", "objectives.safetensors", "curves.csv"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+        assert (tmp_path / "whole" / name).read_bytes() == (killed / name).read_bytes(), name
 
 
 def test_stock_transformers_loads_the_export(one_run, small_data, tmp_path):
@@ -274,7 +286,16 @@ def test_a_position_code_is_put_on_once(small_data, tmp_path):
 def test_a_folder_whose_run_never_began_is_free(small_data, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"recipe": "something else"}')
+    part = tmp_path / "run" / ".model.0f3a9c21.part"
+    part.mkdir()
+    with sole_owner(tmp_path / "run"), pytest.raises(InputError, match="in use"):
+        run("scenes_plain", small_data, tmp_path / "run", FEW)
+    assert part.exists()
     assert (run("scenes_plain", small_data, tmp_path / "run", FEW) / "done.json").is_file()
+    assert not part.exists()
+    (tmp_path / "run" / "checkpoint-3").mkdir()  # as if killed while it removed the last one
+    run("scenes_plain", small_data, tmp_path / "run", FEW)
+    assert not (tmp_path / "run" / "checkpoint-3").exists()
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys):
