@@ -242,11 +242,8 @@ def test_lengths_come_from_the_words(mixed_data, tmp_path, monkeypatch):
     trainer = made(mixed_data, tmp_path, train_sampling_strategy="group_by_length")
     samples = trainer.train_dataset
     opened = []
-    monkeypatch.setattr(
-        collate,
-        "open_image",
-        lambda name, folder, kept=collate.open_image: opened.append(name) or kept(name, folder),
-    )
+    records = samples.records
+    monkeypatch.setattr(records, "image", lambda name, kept=records.image: opened.append(name) or kept(name))
     samples.cache.clear()
     guessed = torch.tensor(collate.estimated_lengths(samples), dtype=torch.float)
     assert len(opened) == 1
