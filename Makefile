@@ -23,7 +23,7 @@ setup: .venv/ready  ## make .venv with the exact versions of constraints.txt
 experiment: .venv/ready  ## the main job: train, score, measure, report (ARGS="--seeds 5", ARGS=--full, ...)
 	$(BIN)/aligned-mllm experiment $(ARGS)
 
-quick: .venv/ready  ## the same in a minute, too short to mean anything
+quick: .venv/ready  ## the same in one to two minutes, too short to mean anything
 	$(BIN)/aligned-mllm experiment --quick $(ARGS)
 
 gpu: .venv/ready  ## what alignment costs a step at the shapes of LLaVA-1.5-7B, on a GPU with 80 GiB (ARGS="--batch 4", ...)

@@ -32,7 +32,11 @@ def import_file(
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        place = f"{path}, line {error.lineno}"
+        raise InputError(f"{place}: {error.msg}", "a Python file", "correct it") from error
 
 # %% ../nbs/lib/25_train.ipynb #c22f9651
 def argument_parser() -> argparse.ArgumentParser:

@@ -221,7 +221,7 @@ def test_lora_trains_and_merges(small_data, tmp_path):
         (["records=nothing.jsonl"], "nothing.jsonl"),
         (["viral.teacher=./nobody"], "nobody"),
         (["viral.target=another"], "viral.target"),
-        (["viral.teacher="], "viral.weight without a teacher"),
+        (["viral.teacher="], "the objective viral without a teacher"),
         (["virral.layers=[3]"], "perhaps viral"),
         (["viral.layers=3"], "list"),
         (["max_steps=1.5"], "int"),

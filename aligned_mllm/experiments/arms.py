@@ -10,6 +10,7 @@ __all__ = ['ARMS', 'RESERVED', 'VIRAL', 'OTHER_IMAGE', 'MAIN_ARMS', 'MAJORITY', 
 import dataclasses
 import re
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 
 from ..core import InputError
 from ..figures import LOOKS, Look
@@ -368,7 +369,9 @@ def arm_from_text(
     start = Arm(name, name)
     if like := dict(pairs).get("like", ""):
         if like not in ARMS:
-            raise InputError(f"like={like} for arm {name!r}", f"one of {list(ARMS)}", "correct the name")
+            near = get_close_matches(like, ARMS, 1)
+            remedy = f"perhaps {near[0]}" if near else "correct the name"
+            raise InputError(f"like={like} for arm {name!r}", f"one of {list(ARMS)}", remedy)
         known = ARMS[like]
         start = replace(
             start,

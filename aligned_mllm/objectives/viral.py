@@ -66,9 +66,9 @@ class Viral:
                 )
         if self.weight and not self.teacher:
             raise InputError(
-                "viral.weight without a teacher",
-                "the name of a teacher",
-                "set viral.teacher=dense, or viral.weight=0",
+                "the objective viral without a teacher",
+                "a folder, a hub id, or a short name",
+                "--teacher NAME, or the setting viral.teacher; viral.weight=0 switches it off",
             )
         if self.teacher == "encoder_projected" and "mean" in self.target:
             raise InputError(

@@ -278,6 +278,10 @@ def _section_end(found: dict) -> str:
     cost = "<p class=note>The cost was not recorded.</p>"
     if found["cost"] is not None:
         cost = html_table(_cost_table(found["cost"], found["baseline"]), "numbers cost")
+        cost += (
+            "<p class=note>Runs of an experiment share the machine, and their times depend on each other. "
+            "The cost of an objective is measured by <code>aligned_mllm.experiments.benchmark</code>.</p>"
+        )
     settings = escape(json.dumps(plan.get("settings", {}), indent=1, sort_keys=True, default=str))
     return (
         f"<h2>How to read this, and its limits</h2><ol>{limits}</ol>"

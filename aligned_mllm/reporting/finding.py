@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..evals.statistics import interval, mean_over_categories, paired, require_columns
-from ..figures import LOOKS, Look, style
+from ..figures import FREE, LOOKS, Look, style
 
 # %% ../../nbs/lib/reporting/15_finding.ipynb #97c28a5b
 @dataclass(frozen=True)
@@ -47,9 +47,17 @@ def contrasts_of(
 def register_looks(
     plan: dict,  # of the experiment
 ) -> None:
-    "Give every arm of a plan the label and look that the plan records, in all figures and tables."
-    for name, fact in plan.get("facts", {}).items():
-        LOOKS[name] = Look(fact["label"], fact["colour"], fact["symbol"], fact["dash"])
+    """Give every arm of a plan the label and look that the plan records, in all figures and tables. Of arms
+    with one look, the second gets a free one."""
+    facts = plan.get("facts", {})
+    taken = set()
+    for name, fact in facts.items():
+        look = (fact["colour"], fact["symbol"], fact["dash"])
+        if look in taken:
+            known = {(each["colour"], each["symbol"], each["dash"]) for each in facts.values()}
+            look = next((free for free in FREE if free not in taken | known), look)
+        taken.add(look)
+        LOOKS[name] = Look(fact["label"], *look)
 
 # %% ../../nbs/lib/reporting/15_finding.ipynb #c4616db6
 def signed(value: float) -> str:

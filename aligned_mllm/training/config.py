@@ -85,10 +85,15 @@ class AlignConfig(TrainingArguments):
     residual: str = setting("", f"adds visual features again after a block: one of {list(RESIDUALS)}")
     residual_layer: int = setting(16, "the block after which the residual is added")
     remove_unused_columns: bool = setting(False, "must stay false: the objectives need their columns")
+    logging_steps: float = setting(10, "steps between two lines of the curves")
     report_to: str = setting("none", "trackers, as in transformers")
 
     def __post_init__(self):
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # such as bf16 on a machine without a GPU
+            reason = " ".join(str(error).split())
+            raise InputError(reason, "settings that this machine allows", "such as use_cpu=True") from error
         self.check_choices()
         if self.global_batch_size:
             self.gradient_accumulation_steps = accumulation_of(

@@ -281,6 +281,8 @@ def trainer_of(
 ) -> AlignTrainer:
     "The trainer of a run that its settings describe alone. Raises InputError before the first step."
     path = Path(config.data)
+    if not path.exists():
+        raise InputError(f"no data in {path}", "a folder of records, or one file", "check --data")
     folder = path.parent if path.is_file() else path
     images = config.images or folder
     source = path if path.is_file() else folder / config.records
