@@ -25,6 +25,7 @@ NAMES = {  # name: its module
     "teacher_by_name": "teachers.by_name",
     "score_run": "evals.task",
     "load_checkpoint": "analysis.checkpoints",
+    "model_check": "analysis.model_check",
     "cknna_table": "analysis.cknna_tables",
     "inside": "reporting.model_report",
 }

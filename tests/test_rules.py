@@ -139,7 +139,7 @@ ALLOWED = {
     "experiments": "core data models worlds teachers objectives training evals figures analysis reporting",
     "apps": "core data models worlds teachers evals figures analysis",
     "train": "core training experiments",
-    "cli": "core training experiments reporting train",
+    "cli": "core training experiments analysis reporting train",
     "site": "core",
 }
 
