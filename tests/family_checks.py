@@ -10,7 +10,7 @@ from tiny_models import tiny
 
 from aligned_mllm.data.collate import Collator, model_inputs
 from aligned_mllm.data.encode import IGNORED, encode
-from aligned_mllm.data.records import Record, Turn
+from aligned_mllm.data.record import Record, Turn
 from aligned_mllm.models.trainable import (
     STAGES,
     add_lora,

@@ -6,7 +6,8 @@ from PIL import Image
 from tiny_models import tiny
 
 from aligned_mllm.data.collate import Collator, Samples, model_inputs
-from aligned_mllm.data.records import Record, Records, Turn, write_records
+from aligned_mllm.data.record import Record, Turn
+from aligned_mllm.data.records import Records, write_records
 
 
 @pytest.fixture(scope="module")

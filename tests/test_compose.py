@@ -7,7 +7,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from aligned_mllm.core import InputError
 from aligned_mllm.data.encode import IGNORED, encode
-from aligned_mllm.data.records import Record, Turn
+from aligned_mllm.data.record import Record, Turn
 from aligned_mllm.models.compose import chat_template_of, composed_model
 from aligned_mllm.training.tiny_parts import tiny_part
 

@@ -17,7 +17,7 @@ from transformers.utils import is_torchvision_available
 from aligned_mllm.core import InputError
 from aligned_mllm.data.collate import Collator, model_inputs
 from aligned_mllm.data.encode import IGNORED, encode
-from aligned_mllm.data.records import Record, Turn
+from aligned_mllm.data.record import Record, Turn
 from aligned_mllm.data.views import LAYOUTS, layout_of, shown_box
 from aligned_mllm.models.load import load_model
 from aligned_mllm.models.taps import Taps

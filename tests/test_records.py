@@ -11,17 +11,11 @@ import pytest
 from PIL import Image
 
 from aligned_mllm.core import InputError
+from aligned_mllm.data.forms import parse_record, record_to_json
 from aligned_mllm.data.images import open_image, to_rgb
 from aligned_mllm.data.json_spans import ArrayWindow, array_spans
-from aligned_mllm.data.records import (
-    Record,
-    Records,
-    Turn,
-    parse_record,
-    record_to_json,
-    scan_file,
-    write_records,
-)
+from aligned_mllm.data.record import Record, Turn
+from aligned_mllm.data.records import Records, scan_file, write_records
 
 
 def sample(identity="7", image="a.png", question="<image>\nhow many circles", answer="two", **more):

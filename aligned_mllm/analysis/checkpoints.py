@@ -17,7 +17,8 @@ from torch import nn
 from ..core import InputError
 from ..data.collate import Collator, Samples
 from ..data.encode import PER_TOKEN, encode
-from ..data.records import Record, Records, Turn
+from ..data.record import Record, Turn
+from ..data.records import Records
 from ..data.views import layout_of
 from ..models.load import load_model
 

@@ -17,7 +17,7 @@ from .checkpoints import LoadedModel
 from ..core import InputError
 from ..data.collate import Collator
 from ..data.encode import encode
-from ..data.records import Record, Turn
+from ..data.record import Record, Turn
 from ..models.trainable import parts_of
 from ..teachers.families import FAMILIES
 from ..teachers.pixels import on_grid, shows_picture

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from ..core import InputError
 from .encode import IGNORED, PER_TOKEN, encode
-from .records import Record, Records
+from .record import Record
+from .records import Records
 
 # %% ../../nbs/lib/data/20_collate.ipynb #e6d63dca
 TOO_LONG = ("raise", "leave_out")  # what may happen to a sample that does not fit into max_length

@@ -25,7 +25,7 @@ SECTIONS = {  # folder below nbs: heading in the side bar, pages that come first
 
 # %% ../../nbs/lib/site/00_pages.ipynb #8740ecb1
 ROOMS = (
-    "__init__ core data models worlds teachers objectives evals training figures analysis reporting "
+    "core __init__ data models worlds teachers objectives evals training figures analysis reporting "
     "experiments apps train cli site"
 ).split()
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from ..core import InputError
 from ..data.images import to_rgb
-from ..data.records import Records, record_to_json
+from ..data.forms import record_to_json
+from ..data.records import Records
 from ..worlds.scene_data import Sizes, write_scenes
 from ..objectives.base import objective_class
 from .published import PUBLISHED

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..core import InputError
-from ..data.records import IMAGE, Record, Turn
+from ..data.record import IMAGE, Record, Turn
 from .drawings import BOX_SIDE, BOX_STARTS, NLVR_COLOURS, ORDERS, Boxes, Item
 
 # %% ../../nbs/lib/worlds/20_nlvr.ipynb #66c89739

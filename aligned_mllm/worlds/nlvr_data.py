@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ..core import InputError, require_space, save_json, whole_folder
 from ..data.images import open_image
-from ..data.records import IMAGE, Record, write_records
+from ..data.record import IMAGE, Record
+from ..data.records import write_records
 from .drawings import describe_drawing, drawing_key, picture_of, sample_box, tower_colours
 from .nlvr import Statement, cut_boxes, nlvr_records, read_nlvr
 from .sentences import generated_sentences

@@ -13,7 +13,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..core import save_json, whole_file, whole_folder
-from ..data.records import Record, Turn, write_records
+from ..data.record import Record, Turn
+from ..data.records import write_records
 from .questions import CATEGORIES, Balance, Question, caption
 from .scenes import Scene, World, draw, scenes_of
 
