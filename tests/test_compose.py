@@ -1,14 +1,16 @@
 """A composed model with its language model's own chat template: prompts as the tokenizer alone renders
 them, labels on answers only, and a processor that still does this after it was saved."""
 
+import jinja2
 import pytest
 from PIL import Image
+from tiny_models import tiny
 from transformers import AutoProcessor, AutoTokenizer
 
 from aligned_mllm.core import InputError
 from aligned_mllm.data.encode import IGNORED, encode
 from aligned_mllm.data.record import Record, Turn
-from aligned_mllm.models.compose import chat_template_of, composed_model
+from aligned_mllm.models.compose import CHATS, chat_template_of, composed_model
 from aligned_mllm.training.tiny_parts import tiny_part
 
 TOWER = "openai/clip-vit-large-patch14-336"
@@ -96,3 +98,30 @@ def test_the_own_chat_template_of_a_language_model(parts, source, template, tmp_
 def test_other_chats_do_not_depend_on_the_tokenizer(parts):
     tokenizer = AutoTokenizer.from_pretrained(parts[LANGUAGE_MODELS[0]])
     assert chat_template_of("vicuna_v1", tokenizer) == chat_template_of("vicuna_v1", None)
+
+
+@pytest.mark.parametrize(("chat", "end"), [("vicuna_v1", "</s>"), ("qwen_2", "<|im_end|>")])
+def test_templates_serve_other_tools(chat, end):
+    """Content as a string or as parts, a system turn in its place, and a mask over exactly the tokens that
+    are learnt here."""
+    _, processor = tiny("llava")
+    processor.chat_template = CHATS[chat]
+    processor.tokenizer.chat_template = CHATS[chat]
+    render = processor.tokenizer.apply_chat_template
+    plain = [{"role": "user", "content": "where is it"}, {"role": "assistant", "content": "left"}]
+    parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in plain]
+    assert render(plain, tokenize=False) == render(parts, tokenize=False)
+    system = {"role": "system", "content": "Be brief."}
+    text = render([system, *plain], tokenize=False)
+    assert text.count("Be brief.") == 1 and text.index("Be brief.") < text.index("where is it")
+    assert "helpful" in render(plain, tokenize=False) and "helpful" not in text
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = render(plain, **options)
+    sample = encode(Record("one", (), (Turn("where is it", "left"),)), [], processor)
+    learnt = sample["labels"][sample["labels"] != IGNORED].tolist()
+    masked = [each for each, kept in zip(found["input_ids"], found["assistant_masks"]) if kept]
+    texts = [processor.tokenizer.decode(each).strip() for each in (masked, learnt)]
+    assert texts == [f"left{end}"] * 2
+    if chat == "vicuna_v1":
+        with pytest.raises(jinja2.TemplateError, match="not the first turn"):
+            render([*plain, system], tokenize=False)

@@ -34,10 +34,9 @@ def read_file(
     if path.suffix == ".bin" and not zipfile.is_zipfile(path):
         raise ValueError("not a file of torch.save")
     if path.suffix == ".jinja":
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        extensions = ["jinja2.ext.loopcontrols"]
-        ImmutableSandboxedEnvironment(extensions=extensions).parse(path.read_text(encoding="utf-8"))
+        _compile_jinja_template(path.read_text(encoding="utf-8"))
 
 # %% ../../nbs/lib/models/07_weights.ipynb #e7a10008
 def fault_in(
