@@ -12,7 +12,7 @@ from pathlib import Path
 import transformers
 from tqdm.auto import tqdm
 
-from ..core import require_space, save_json, sole_owner, whole_file
+from ..core import load_json, require_space, save_json, sole_owner, whole_file
 from .jobs import check_jobs, graph_of, run_jobs, worker_count
 from .plan import Plan, joined_plan, plan_record, prepare_data
 from aligned_mllm.experiments.tables import (
@@ -65,7 +65,11 @@ def experiment(
             if plan.vary_parts and not (parts / "parts.json").is_file():
                 build_parts(parts, seed)
         check_jobs(plan, folder)
-        save_json(plan_record(plan, command), folder / "plan.json")
+        record = folder / "plan.json"
+        earlier = load_json(record)["command"].split(" && ") if record.is_file() else []
+        words = dict.fromkeys(text for text in (*earlier, command) if text)
+        commands = " && ".join(words)  # together they make this folder
+        save_json(plan_record(plan, commands), record)
         run_jobs(graph_of(plan, folder).jobs, workers=worker_count())
         write_tables(plan, folder)
         page = report(folder)

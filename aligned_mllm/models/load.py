@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError, is_hub_id, load_json, save_json
+from ..data.views import LAYOUTS
 from .residual import restore_residual
 from .weights import fault_in, load_weights
 
@@ -126,7 +127,8 @@ def fitted_processor(
             setattr(processor, name, value)
             print(f"the processor has no {name}: {value!r} is taken from the model")
     asked = getattr(model.config, "image_token_id", None)
-    found = getattr(processor, "image_token_id", asked)
+    layout = LAYOUTS.get(type(processor).__name__)
+    found = layout.token_id(processor) if layout else asked
     if asked != found:
         raise InputError(
             f"image_token_id {asked} in the model's config.json and {found} in its tokenizer",
