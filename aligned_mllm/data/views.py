@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'IMPOSSIBLE', 'View', 'Views', 'shown_box', 'one_crop', 'base_and_tiles', 'merged_patches',
-           'tiles_then_whole', 'idefics_tiles', 'internvl_tiles', 'one_square', 'Layout', 'layout_of',
+           'tiles_then_whole', 'idefics_tiles', 'internvl_tiles', 'one_square', 'Layout', 'known_layout', 'layout_of',
            'views_of_images']
 
 # %% ../../nbs/lib/data/10_views.ipynb #6bc12520
@@ -254,15 +254,23 @@ IMPOSSIBLE = {
     "MllamaProcessor": _CROSS_ATTENTION,
 }
 
+# %% ../../nbs/lib/data/10_views.ipynb #9c2d8a77
+def known_layout(
+    processor,  # any processor of transformers, or a subclass of one
+) -> Layout | None:
+    "The layout of a processor's family; None for a family that is not listed."
+    names = [kind.__name__ for kind in type(processor).__mro__]
+    return next((LAYOUTS[name] for name in names if name in LAYOUTS), None)
+
 # %% ../../nbs/lib/data/10_views.ipynb #9c2d8a76
 def layout_of(
     processor,  # any processor of transformers, or a subclass of one
 ) -> Layout:
     "The layout of a processor's family; raises InputError with the reason for one that is not supported."
     names = [kind.__name__ for kind in type(processor).__mro__]
-    for name in names:
-        if name in LAYOUTS:
-            return LAYOUTS[name]
+    layout = known_layout(processor)
+    if layout is not None:
+        return layout
     reason = next(
         (IMPOSSIBLE[name] for name in names if name in IMPOSSIBLE),
         "it is not known where in an image its visual tokens lie",

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'CONTENT', 'CHATS', 'word_tokenizer', 'with_words', 'fold_statistics', 'reset_projector',
-           'prefix_tokens', 'llava_config', 'compose', 'chat_template_of', 'padding_processor', 'composed_model']
+           'prefix_tokens', 'llava_config', 'compose', 'chat_template_of', 'padding_processor', 'fill_padding_token',
+           'composed_model']
 
 # %% ../../nbs/lib/models/10_compose.ipynb #9ac33d6c
 from collections.abc import Iterable
@@ -243,6 +244,23 @@ def padding_processor(
         image_std=image_processor.image_std,
     )
 
+# %% ../../nbs/lib/models/10_compose.ipynb #b0c4c7b3
+def fill_padding_token(
+    tokenizer,  # of a language model
+) -> None:
+    """Give a tokenizer without a padding token its unknown or end token for it, in place. Raises InputError
+    if it has none of them."""
+    if tokenizer.pad_token_id is not None:
+        return
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(
+            "a tokenizer without a padding, unknown or end token",
+            "one of the three in tokenizer_config.json",
+            "use the tokenizer saved with the model",
+        )
+    print(f"the tokenizer has no padding token: {tokenizer.pad_token!r} is taken, and never learnt")
+
 # %% ../../nbs/lib/models/10_compose.ipynb #b0c4c7b4
 def composed_model(
     vision_tower: str,  # a folder, or a hub id such as openai/clip-vit-large-patch14-336
@@ -266,7 +284,7 @@ def composed_model(
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.image_token = "<image>"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    fill_padding_token(tokenizer)
     image_processor = AutoImageProcessor.from_pretrained(vision_tower)
     if pad_to_square:
         image_processor = padding_processor(image_processor)

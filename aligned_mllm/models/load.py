@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError, is_hub_id, load_json, save_json
-from ..data.views import LAYOUTS
+from ..data.views import known_layout
+from .compose import fill_padding_token
 from .residual import restore_residual
-from .weights import fault_in, load_weights
+from .weights import fault_in, load_weights, unreadable
 
 # %% ../../nbs/lib/models/15_load.ipynb #f8f6f3d1
 def position_code(
@@ -107,16 +108,7 @@ def fitted_processor(
 ):
     """The processor with a patch size and a padding token, filled in from the model where it has none.
     Raises InputError if its image token is another one than the model's."""
-    tokenizer = processor.tokenizer
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        if tokenizer.pad_token is None:
-            raise InputError(
-                "a tokenizer without a padding, unknown or end token",
-                "one of the three in tokenizer_config.json",
-                "use the tokenizer saved with the model",
-            )
-        print(f"the tokenizer has no padding token: {tokenizer.pad_token!r} is taken, and never learnt")
+    fill_padding_token(processor.tokenizer)
     vision = getattr(model.config, "vision_config", None)
     known = {
         "patch_size": getattr(vision, "patch_size", None),
@@ -127,7 +119,7 @@ def fitted_processor(
             setattr(processor, name, value)
             print(f"the processor has no {name}: {value!r} is taken from the model")
     asked = getattr(model.config, "image_token_id", None)
-    layout = LAYOUTS.get(type(processor).__name__)
+    layout = known_layout(processor)
     found = layout.token_id(processor) if layout else asked
     if asked != found:
         raise InputError(
@@ -154,11 +146,7 @@ def load_model(
     try:
         config = saved_config(source)
     except Exception as error:  # damaged files end in errors of many kinds
-        raise InputError(
-            f"config.json of model {source}: {fault_in(source, error)}",
-            "a folder of a model, or a hub id that can be reached",
-            "check the name and the network; HF_HUB_OFFLINE=1 reads the cache alone",
-        ) from error
+        raise unreadable(source, error, "config.json of model") from error
     apart = ("residual_adapter",) if getattr(config, "aligned_residual", None) else ()
     model = load_weights(AutoModelForImageTextToText, source, apart, config=config, dtype=dtype)
     processor = fitted_processor(load_processor(source), model)

@@ -18,7 +18,7 @@ from torch import nn
 from ..core import InputError
 from ..data.records import Records
 from ..models.compose import composed_model
-from ..models.load import add_position_code, load_model
+from ..models.load import add_position_code, fitted_processor, load_model, load_processor
 from ..models.trainable import STAGES, add_lora, train_only
 from ..models.residual import add_residual
 from ..models.taps import decoder_layers
@@ -100,13 +100,11 @@ def processor_of(
     model: nn.Module,  # an image-text-to-text model that was loaded from a folder or the hub
 ):
     "The processor saved with a model. Raises InputError for a model that was not loaded."
-    from transformers import AutoProcessor
-
     if not model.name_or_path:
         raise InputError(
             f"a {type(model).__name__} without its processor", "both", "pass processing_class=processor"
         )
-    return AutoProcessor.from_pretrained(model.name_or_path)
+    return load_processor(model.name_or_path)
 
 # %% ../../nbs/lib/training/50_build.ipynb #99410bda
 def student_of(
@@ -116,7 +114,8 @@ def student_of(
 ) -> tuple:
     "(model, processor) with the right parts frozen, LoRA, position code and residual. Raises InputError."
     if model is not None:
-        return prepare_student(config, model), processor or processor_of(model)
+        processor = fitted_processor(processor or processor_of(model), model)
+        return prepare_student(config, model), processor
     if not config.model:
         raise InputError(
             "no model", f"one of {list(STUDENTS)}, a model folder, or a hub id", "pass --set model=NAME"
