@@ -95,6 +95,9 @@ def main(
         kept = "The run folder keeps its last whole checkpoint; run the same command again"
         print(f"aligned_mllm: {error}. {kept}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("\naligned_mllm: stopped. Run the same command again to resume", file=sys.stderr)
+        return 130
     return 0
 
 # %% ../nbs/lib/25_train.ipynb #91b14ae4

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+import torch
+from conftest import ENVIRONMENT, free_port
 
-from aligned_mllm.core import InputError, command
+from aligned_mllm import train
+from aligned_mllm.core import InputError, command, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
@@ -77,7 +79,8 @@ def test_the_shell_sees_it(name, tmp_path):
 
 
 def test_a_closed_pipe_ends_a_command_quietly():
-    words = [sys.executable, "-m", "aligned_mllm.cli", "recipes"]
+    code = "import sys; from aligned_mllm.core import command; sys.exit(command(print)('a' * 10**6))"
+    words = [sys.executable, "-c", code]
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     run.stdout.close()
     assert run.stderr.read() == "" and run.wait() == 141
@@ -95,5 +98,52 @@ def test_only_bad_input_is_answered(monkeypatch, capsys):
     for error in (ValueError("ours"), KeyboardInterrupt(), SystemExit(4)):
         with pytest.raises(type(error)):
             command(entry)(error)
-    monkeypatch.setenv("RANK", "1")
-    assert command(entry)(InputError("this", "that", "act")) == 2 and capsys.readouterr().err == ""
+    assert command(entry)(InputError("this", "that", "act")) == 2
+    assert capsys.readouterr().err == "aligned_mllm: this. Expected: that. What to do: act.\n"
+
+
+def test_any_process_may_refuse_and_all_together_do_so_once(monkeypatch, capsys):
+    "The launcher's store is asked who was first; without one, everybody speaks."
+
+    @command
+    def entry(fault):
+        raise InputError(fault, "that", "act")
+
+    port = free_port()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    said = []
+    assert entry("nobody listens") == entry("nobody listens") == 2
+    said.append(capsys.readouterr().err.count("nobody listens"))
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for rank, fault in ((1, "picture 7"), (0, "picture 3"), (1, "the model"), (0, "the model")):
+        monkeypatch.setenv("RANK", str(rank))
+        assert entry(fault) == 2
+        said.append(capsys.readouterr().err.count(fault))
+    del store
+    assert said == [2, 1, 1, 1, 0]
+
+
+def test_an_interrupted_training_is_one_line(monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aligned_mllm.train.run", stopped)
+    assert train.main(["--data", "data", "--output", "run"]) == 130
+    assert capsys.readouterr().err.strip() == "aligned_mllm: stopped. Run the same command again to resume"
+
+
+def test_a_copy_inside_another_repository_has_no_commit(monkeypatch, tmp_path):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", folder, *identity, *words], check=True, capture_output=True)
+
+    (tmp_path / "copy" / "aligned_mllm").mkdir(parents=True)
+    monkeypatch.setattr("aligned_mllm.core.__file__", str(tmp_path / "copy" / "aligned_mllm" / "core.py"))
+    found = []
+    for folder in (tmp_path, tmp_path / "copy"):
+        git("init")
+        git("commit", "--allow-empty", "-m", "first")
+        found.append(environment()["commit"])
+    assert found[0] == "unknown" and re.fullmatch("[0-9a-f]{40}", found[1])
