@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, is_hub_id, load_json, save_json
 from ..data.views import known_layout
-from .compose import fill_padding_token
+from .compose import fill_padding_token, require_vocabulary
 from .residual import restore_residual
 from .weights import fault_in, load_weights, unreadable
 
@@ -90,7 +90,7 @@ def load_processor(
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source)
     except Exception as error:  # damaged files end in errors of many kinds
         reason = fault_in(source, error)
         if "cannot be read" in reason or not isinstance(error, (ImportError, AttributeError)):
@@ -100,6 +100,8 @@ def load_processor(
         raise InputError(
             f"no processor from {source}: {reason}", "the processor saved with the model", remedy
         ) from error
+    require_vocabulary(processor.tokenizer, source)
+    return processor
 
 # %% ../../nbs/lib/models/15_load.ipynb #c62e8d13
 def fitted_processor(
