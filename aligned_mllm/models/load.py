@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'position_code', 'add_position_code', 'mark_changed', 'saved_config', 'load_processor', 'fitted_processor',
-           'load_model']
+           'require_model', 'load_model']
 
 # %% ../../nbs/lib/models/15_load.ipynb #1da9a209
 from pathlib import Path
@@ -131,6 +131,27 @@ def fitted_processor(
         )
     return processor
 
+# %% ../../nbs/lib/models/15_load.ipynb #8de1b5f4
+def require_model(
+    source: str | Path,  # a folder, or a hub id, which is not looked up
+) -> None:
+    "Raises InputError for a folder without a whole model, naming the model of adapters that stand alone."
+    folder = Path(source).expanduser()
+    if is_hub_id(source) or (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise InputError(
+            f"{source} holds adapters for {base}",
+            "a whole model",
+            "load that model, add them with peft.PeftModel.from_pretrained, and merge them or pass the object",
+        )
+    raise InputError(
+        f"no model in {source}",
+        "a folder with config.json",
+        "check the path, or let stage 1 finish first",
+    )
+
 # %% ../../nbs/lib/models/15_load.ipynb #3cb52a3e
 def load_model(
     source: str | Path,  # a folder, or a hub id such as llava-hf/llava-1.5-7b-hf
@@ -139,12 +160,7 @@ def load_model(
     "(model, processor) of a saved image-text model. Raises InputError, in one line, for whatever is wrong."
     from transformers import AutoModelForImageTextToText
 
-    if not is_hub_id(source) and not (Path(source).expanduser() / "config.json").is_file():
-        raise InputError(
-            f"no model in {source}",
-            "a folder with config.json",
-            "check the path, or let stage 1 finish first",
-        )
+    require_model(source)
     try:
         config = saved_config(source)
     except Exception as error:  # damaged files end in errors of many kinds
