@@ -144,7 +144,7 @@ def require_model(
         raise InputError(
             f"{source} holds adapters for {base}",
             "a whole model",
-            "load that model, add them with peft.PeftModel.from_pretrained, and merge them or pass the object",
+            "load that model, add them by peft.PeftModel.from_pretrained, and merge them or pass the object",
         )
     raise InputError(
         f"no model in {source}",
