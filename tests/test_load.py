@@ -4,12 +4,14 @@ import io
 import json
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from conftest import ENVIRONMENT
 from safetensors.torch import load_file, save_file
 from tiny_models import WORDS, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aligned_mllm.core import InputError, checksum
 from aligned_mllm.models.compose import composed_model
 from aligned_mllm.models.load import load_model
+from aligned_mllm.models.trainable import add_lora
 
 MATRIX = "layers.2.mlp.up_proj.weight"
 
@@ -77,6 +80,73 @@ def test_pickled_weights_are_read_and_said_but_nothing_else_in_them(copy, capsys
     torch.save({**weights, "code": Path.cwd}, copy / "pytorch_model.bin")
     with pytest.raises(InputError, match="Weights only load failed"):
         load_model(copy)
+
+
+def cached_repository(cache: Path, name: str, revisions: dict[str, Path]) -> None:
+    "A hub cache as huggingface_hub keeps it: each revision's folder under a commit of its own."
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    for number, (revision, folder) in enumerate(revisions.items()):
+        commit = f"{number}" * 40
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+
+
+def test_a_hub_id_takes_a_revision(good, copy, tmp_path):
+    """Read in a process of its own: the cache's place is fixed when huggingface_hub is imported."""
+    changed_weights(copy, lambda weights, name: weights[name].mul_(2))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "changed": True}))
+    (copy / "chat_template.jinja").write_text("of the second revision")
+    cached_repository(tmp_path / "hub", "owner/model", {"main": good, "v2": copy})
+    code = """
+from aligned_mllm.core import InputError, checksum
+from aligned_mllm.models.load import load_model
+from aligned_mllm.models.trainable import add_lora
+
+for name in ("owner/model", "owner/model@v2"):
+    print(checksum(load_model(name)[0]), hasattr(load_model(name)[0].config, "changed"))
+print(load_model("owner/model@v2")[1].chat_template)
+try:
+    load_model("owner/model@v3")
+except InputError as error:
+    print(error)
+"""
+    environment = {**ENVIRONMENT, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    main, second, own, refused = run.stdout.strip().splitlines()[-4:]
+    assert main == f"{checksum(load_model(good)[0])} False"
+    assert second == f"{checksum(load_model(copy)[0])} True" and main[:16] != second[:16]
+    assert own == "of the second revision"
+    assert "owner/model@v3" in refused and "HF_HUB_OFFLINE=1" in refused
+
+
+def test_an_adapter_is_a_checkpoint(good, tmp_path):
+    """As PEFT and TRL leave it: the base named in its configuration, its own processor, merged weights;
+    refused with a matrix missing, and without its base."""
+    wrapped = add_lora(load_model(good)[0], rank=2, dropout=0.0)
+    for name, value in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(0))
+    wrapped.peft_config["default"].base_model_name_or_path = str(good)
+    wrapped.save_pretrained(tmp_path)
+    _, processor = load_model(good)
+    processor.chat_template = "of the adapter" + processor.chat_template
+    processor.save_pretrained(tmp_path)
+    model, own = load_model(tmp_path)
+    assert own.chat_template.startswith("of the adapter")
+    assert checksum(model) == checksum(wrapped.merge_and_unload()) != checksum(load_model(good)[0])
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(name for name in weights if "layers.1" in name and "lora_A" in name))
+    save_file(weights, file)
+    with pytest.raises(InputError, match="1 weights are missing, such as .*layers.1.*lora_A"):
+        load_model(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "./gone"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="no model in ./gone"):
+        load_model(tmp_path)
 
 
 def test_what_older_folders_lack_is_filled_in_and_said(copy, capsys):

@@ -345,8 +345,9 @@ def test_a_source_without_a_teacher_is_refused(folders, tmp_path):
         change(folder)
         return str(folder)
 
-    def only_pickle(folder):
-        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    def only_code(folder):
+        weights = load_file(folder / "model.safetensors")
+        torch.save({**weights, "code": Path.cwd}, folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
 
     def lacking(folder):
@@ -362,8 +363,8 @@ def test_a_source_without_a_teacher_is_refused(folders, tmp_path):
         (folder / "config.json").write_text(json.dumps({"model_type": "swin"}))
 
     for change, message in (
-        (only_pickle, "safetensors"),
-        (lacking, "1 tensors of the encoder"),
+        (only_code, "Weights only load failed"),
+        (lacking, "1 weights are missing, such as encoder.layer.1.mlp.fc1.weight"),
         (own_code, "never run"),
         (other_type, "'swin'"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config"),
@@ -375,6 +376,14 @@ def test_a_source_without_a_teacher_is_refused(folders, tmp_path):
             load_teacher(str(folders["dinov2"]), **settings)
     with pytest.raises(InputError, match="neck"):
         load_teacher(str(folders["sam"]), layer=1).features(torch.zeros(1, 3, 32, 32))
+
+
+def test_older_weights_are_those_of_the_safetensors(folders, teachers, tmp_path, capsys):
+    folder = shutil.copytree(folders["dinov2"], tmp_path / "older")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert load_teacher(str(folder)).checksum == teachers["dinov2"].checksum
+    assert "weights_only=True" in capsys.readouterr().out
 
 
 def test_a_changed_weight_is_noticed(folders):

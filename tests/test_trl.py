@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from aligned_mllm import AlignConfig, AlignTrainer, Viral, load_model, open_records
-from aligned_mllm.core import InputError, checksum
+from aligned_mllm.core import checksum
 from aligned_mllm.data.collate import Samples
 from aligned_mllm.data.encode import IGNORED
 from aligned_mllm.models.compose import composed_model
@@ -148,15 +148,19 @@ def test_answers_alone_are_learnt(students, tmp_path, family, pictures):
 
 
 def test_adapters_of_trl(students, tmp_path):
-    "A folder with adapters alone is refused by name; with their model they train on."
+    "Adapters that SFTTrainer saved train on, merged into their model, or as adapters of a model object."
     for part in students["composed"]:
         part.save_pretrained(tmp_path / "model")
-    peft = LoraConfig(r=2, target_modules=["q_proj"])
-    tuned(tmp_path / "model", tmp_path / "trl", peft=peft)
+    tuned(tmp_path / "model", tmp_path / "trl", peft=LoraConfig(r=2, target_modules=["q_proj"]))
     saved = tmp_path / "trl" / "saved"
-    with pytest.raises(InputError, match=f"{saved} holds adapters for {tmp_path / 'model'}"):
-        load_model(saved)
+    assert not (saved / "config.json").exists()
     model, processor = load_model(tmp_path / "model")
-    wrapped = PeftModel.from_pretrained(model, saved, is_trainable=True)
-    assert np.isfinite(aligned(wrapped, DATA, tmp_path / "run", processor))
-    assert load_model(tmp_path / "run" / "model")[0].config.model_type == "llava"
+    assert checksum(load_model(saved)[0]) != checksum(model)
+    losses = [
+        aligned(student, DATA, tmp_path / name, processor)
+        for name, student in (
+            ("merged", str(saved)),
+            ("wrapped", PeftModel.from_pretrained(model, saved, is_trainable=True)),
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import InputError, is_hub_id, seed_everything
+from ..core import InputError, from_source, is_hub_id, seed_everything
 from .trainable import parts_of
 from .weights import load_weights, unreadable
 
@@ -283,7 +283,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = from_source(AutoTokenizer, source)
     except Exception as error:  # damaged files end in errors of many kinds
         raise unreadable(source, error, "tokenizer of") from error
     require_vocabulary(tokenizer, source)
@@ -307,13 +307,13 @@ def composed_model(
         if not found:
             raise InputError(f"{name} {source!r}", "a folder with config.json, or a hub id", f"set {name}")
     tower = load_weights(AutoModel, vision_tower, ("pooler",), unknown=True, dtype=dtype)
-    if "vision_config" in AutoConfig.from_pretrained(vision_tower).to_dict():  # a dual encoder
+    if "vision_config" in from_source(AutoConfig, vision_tower).to_dict():  # a dual encoder
         tower = tower.vision_model
     tokenizer = load_tokenizer(language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.image_token = "<image>"
     fill_padding_token(tokenizer)
-    image_processor = AutoImageProcessor.from_pretrained(vision_tower)
+    image_processor = from_source(AutoImageProcessor, vision_tower)
     if pad_to_square:
         image_processor = padding_processor(image_processor)
     language = load_weights(AutoModelForCausalLM, language_model, dtype=dtype)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'position_code', 'add_position_code', 'mark_changed', 'saved_config', 'load_processor', 'fitted_processor',
-           'require_model', 'load_model']
+           'load_model']
 
 # %% ../../nbs/lib/models/15_load.ipynb #1da9a209
 from pathlib import Path
@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import InputError, is_hub_id, load_json, save_json
+from ..core import InputError, from_source, is_hub_id, load_json, save_json, split_revision
 from ..data.views import known_layout
+from .adapters import adapter_base, with_adapter
 from .compose import fill_padding_token, require_vocabulary
 from .residual import restore_residual
 from .weights import fault_in, load_weights, unreadable
@@ -76,10 +77,11 @@ def saved_config(
     "The configuration of a saved model, marked by `mark_changed` or not."
     from transformers import AutoConfig, PreTrainedConfig
 
-    settings, _ = PreTrainedConfig.get_config_dict(source)
+    name, revision = split_revision(source)
+    settings, _ = PreTrainedConfig.get_config_dict(name, **revision)
     model_type = settings.get("model_type", "")
     if not model_type.startswith("aligned_"):
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(name, **revision)
     return AutoConfig.for_model(**{**settings, "model_type": model_type.removeprefix("aligned_")})
 
 # %% ../../nbs/lib/models/15_load.ipynb #b51d7c02
@@ -90,7 +92,7 @@ def load_processor(
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = from_source(AutoProcessor, source)
     except Exception as error:  # damaged files end in errors of many kinds
         reason = fault_in(source, error)
         if "cannot be read" in reason or not isinstance(error, (ImportError, AttributeError)):
@@ -131,36 +133,27 @@ def fitted_processor(
         )
     return processor
 
-# %% ../../nbs/lib/models/15_load.ipynb #8de1b5f4
-def require_model(
-    source: str | Path,  # a folder, or a hub id, which is not looked up
-) -> None:
-    "Raises InputError for a folder without a whole model, naming the model of adapters that stand alone."
-    folder = Path(source).expanduser()
-    if is_hub_id(source) or (folder / "config.json").is_file():
-        return
-    if (folder / "adapter_config.json").is_file():
-        base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise InputError(
-            f"{source} holds adapters for {base}",
-            "a whole model",
-            "load that model, add them by peft.PeftModel.from_pretrained, and merge them or pass the object",
-        )
-    raise InputError(
-        f"no model in {source}",
-        "a folder with config.json",
-        "check the path, or let stage 1 finish first",
-    )
-
 # %% ../../nbs/lib/models/15_load.ipynb #3cb52a3e
 def load_model(
     source: str | Path,  # a folder, or a hub id such as llava-hf/llava-1.5-7b-hf
     dtype: torch.dtype = torch.float32,
 ):
-    "(model, processor) of a saved image-text model. Raises InputError, in one line, for whatever is wrong."
+    """(model, processor) of a saved image-text model; an adapter is merged into its base model. Raises
+    InputError, in one line, for whatever is wrong."""
     from transformers import AutoModelForImageTextToText
 
-    require_model(source)
+    base = adapter_base(source)
+    if base:
+        model, processor = load_model(base, dtype)
+        if (Path(source).expanduser() / "processor_config.json").is_file():
+            processor = fitted_processor(load_processor(source), model)
+        return with_adapter(model, source).eval(), processor
+    if not is_hub_id(source) and not (Path(source).expanduser() / "config.json").is_file():
+        raise InputError(
+            f"no model in {source}",
+            "a folder with config.json or adapter_config.json",
+            "check the path, or let stage 1 finish first",
+        )
     try:
         config = saved_config(source)
     except Exception as error:  # damaged files end in errors of many kinds

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core import InputError, checksum, data_folder, is_hub_id, seed_everything
+from ..core import InputError, checksum, data_folder, from_source, is_hub_id, seed_everything
 from ..models.trainable import unwrapped
+from ..models.weights import load_weights
 from .families import family_of, native_grid, patch_of, run_packed
 from .pixels import Normalization, crop_view, normalization_of, teacher_grid
 
@@ -149,8 +150,8 @@ def encoder_from(
     source: str | Path,  # a folder, or a hub id
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, str]:
-    """(vision encoder, its family) from safetensors. Raises InputError if it cannot be read, needs code of
-    its own, or lacks weights."""
+    """(vision encoder, its family). Raises InputError if it cannot be read, needs code of its own, or lacks
+    weights."""
     import transformers
 
     if torch.get_default_device().type == "meta":
@@ -160,38 +161,20 @@ def encoder_from(
             "load it beside the student",
         )
 
-    def refuse(error: Exception, expected: str, remedy: str):
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"no teacher from {str(source)!r} ({first.rstrip('.')})", expected, remedy) from None
-
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = from_source(transformers.AutoConfig, source)
     except (OSError, ValueError) as error:
-        refuse(
-            error,
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"no teacher from {str(source)!r} ({first.rstrip('.')})",
             "a vision encoder that transformers has a class for; code that comes with weights, such as "
             "RADIO v2.5's and C-RADIO v3's, is never run",
-            "check the name, or use a release in transformers' own format; for RADIO, nvidia/C-RADIOv4-H",
-        )
+            "check the name and the network, or use a release in transformers' own format (for RADIO, "
+            "nvidia/C-RADIOv4-H); HF_HUB_OFFLINE=1 reads the cache alone",
+        ) from None
     row = family_of(config.model_type)
     loader = getattr(transformers, row.loader)
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    try:
-        model, found = loader.from_pretrained(source, **options)
-    except (OSError, RuntimeError) as error:
-        refuse(
-            error,
-            "weights as safetensors, with the shapes of the configuration",
-            "convert them with their authors' tools, or choose another source",
-        )
-    incomplete = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    incomplete = [name for name in incomplete if row.part in name]
-    if incomplete:
-        raise InputError(
-            f"{len(incomplete)} tensors of the encoder are not in {str(source)!r}, such as {incomplete[0]}",
-            "all of them: the others would be random",
-            "download the weights again",
-        )
+    model = load_weights(loader, source, part=row.part, unknown=True, dtype=dtype)
     return (getattr(model, row.part) if row.part else model), config.model_type
 
 # %% ../../nbs/lib/teachers/10_vision.ipynb #c7234d84
@@ -204,9 +187,9 @@ def processor_from(
 
     try:
         try:
-            return AutoImageProcessor.from_pretrained(source)
+            return from_source(AutoImageProcessor, source)
         except (ImportError, ValueError):  # DINOv3's class needs torchvision; its settings do not
-            return ViTImageProcessorPil.from_pretrained(source)
+            return from_source(ViTImageProcessorPil, source)
     except OSError:
         raise InputError(
             f"no preprocessor_config.json in {str(source)!r}",
@@ -223,7 +206,7 @@ def load_teacher(
     pixels: str = "own",  # "own", or "student": the student's normalization, as in VIRAL's released code
     student=None,  # the student's image processor, for "student"
 ) -> Teacher:
-    "A frozen teacher from safetensors, with the checksum of its weights. Raises InputError if there is none."
+    "A frozen teacher with the checksum of its weights. Raises InputError if there is none."
     if pixels not in ("own", "student") or (pixels == "student") != (student is not None):
         raise InputError(
             f"pixels={pixels!r} {'with' if student is not None else 'without'} a student's image processor",

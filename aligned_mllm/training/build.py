@@ -99,7 +99,8 @@ STUDENTS: dict[str, StudentSource] = {
 def processor_of(
     model: nn.Module,  # an image-text-to-text model that was loaded from a folder or the hub
 ):
-    "The processor saved with a model. Raises InputError for a model that was not loaded."
+    """The processor saved with a model, of the main revision: transformers does not keep another one's name.
+    Raises InputError for a model that was not loaded."""
     if not model.name_or_path:
         raise InputError(
             f"a {type(model).__name__} without its processor", "both", "pass processing_class=processor"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core import load_json, save_json, whole_file
+from ..models.adapters import read_adapter
 from ..models.load import load_model
 from ..objectives.base import Context, Objective, objective_class, settings_of
 from .model import AlignedModel
@@ -94,12 +95,12 @@ def load_aligned(
     folder: Path,  # as written by `save_aligned`
 ) -> None:
     "Put a checkpoint's weights, the objectives' included, into a model built the same way."
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     student = model.student
     if isinstance(student, PeftModel):
-        set_peft_model_state_dict(student, as_sharded(load_peft_weights(str(folder)), student))
+        set_peft_model_state_dict(student, as_sharded(read_adapter(student, folder), student))
     else:
         types = {value.dtype for value in student.parameters()}
         saved, _ = load_model(folder, torch.float32 if torch.float32 in types else student.dtype)
