@@ -349,7 +349,11 @@ def test_a_data_set_of_hugging_face(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     source.save_to_disk(tmp_path / "disk")
     assert open_records(datasets.load_from_disk(tmp_path / "disk")).digest == records.digest
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    opened = Dataset.from_list([chat(("u", "how"), ("a", "so"), image=Image.open(tmp_path / "red.png"))])
+    assert corners(open_records(opened, tmp_path)) == COLOURS[:1]  # `datasets` keeps it by its path alone
     for wrong, part in (
+        (opened, "no folder is given"),
         (tmp_path / "disk", "datasets.load_from_disk("),
         (source.with_transform(lambda batch: batch), "a transform"),
         (source.to_iterable_dataset(), "without streaming"),

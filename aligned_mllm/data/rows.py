@@ -295,7 +295,8 @@ class RowRecords(Sequence):
         "The path of an image file; raises InputError."
         if self._folder is None:
             fault = f"image {name!r} is a file, and no folder is given"
-            raise InputError(fault, "the folder of the images", "pass it as image_folder")
+            remedy = "pass it as image_folder; for a run, set images"
+            raise InputError(fault, "the folder of the images", remedy)
         return image_path(name, self._folder)
 
     @property
