@@ -6,16 +6,23 @@ from copy import deepcopy
 
 import pytest
 import torch
+from family_checks import photo, sample
+from tiny_models import tiny
 from torch import nn
 
 from aligned_mllm.core import InputError, checksum, seed_everything
+from aligned_mllm.data.collate import Collator, model_inputs
 from aligned_mllm.models.compose import compose, word_tokenizer
 from aligned_mllm.models.load import load_model
 from aligned_mllm.models.trainable import add_lora, parameter_audit, train_only
 from aligned_mllm.models.residual import RESIDUALS, add_residual
 from aligned_mllm.models.taps import Taps
 from aligned_mllm.objectives.alignment import KINDS, SCHEDULES, scheduled_weight
-from aligned_mllm.objectives.viral import ViralLoss
+from aligned_mllm.objectives.base import Context
+from aligned_mllm.objectives.text import TextLoss
+from aligned_mllm.objectives.viral import Viral, ViralLoss
+from aligned_mllm.teachers.pixels import shows_picture
+from aligned_mllm.training.model import AlignedModel, with_targets
 
 GRIDS = torch.tensor([[3, 4], [5, 5], [2, 3]])  # three views of different sizes
 V = int(GRIDS.prod(1).sum())
@@ -164,6 +171,64 @@ def test_parts_of_a_batch_add_up(kind):
         )
     assert sum(term.count for term in terms) == whole.count
     assert torch.allclose(sum(term.total for term in terms), whole.total, atol=1e-5)
+
+
+PADDED = [(300, 100), (60, 200)]  # width and height in pixels: both are padded to squares
+
+
+def padded_batch(processor) -> dict:
+    "One sample with two pictures, one with one, as collated, with the teacher's pixels."
+    samples = [
+        {**sample(processor, [photo(seed, size) for seed, size in enumerate(sizes)]), "view_pixels": {}}
+        for sizes in (PADDED, PADDED[:1])
+    ]
+    batch = Collator(processor.tokenizer.pad_token_id)(samples)
+    batch["view_pixels"] = {"viral": [torch.zeros(3, 40, 40)] * len(batch["grids"])}
+    return batch
+
+
+def test_padding_and_several_images_count_as_chosen():
+    """By default padding is left out and every image counts; the released code's ways are two settings."""
+    model, processor = tiny("llava_padded")
+    batch = padded_batch(processor)
+    sizes = batch["grids"].prod(1).tolist()
+    places = zip(batch["boxes"].tolist(), batch["grids"].tolist())
+    kept = torch.cat([shows_picture(tuple(box), tuple(grid)) for box, grid in places])
+    single = torch.arange(sum(sizes)) >= sum(sizes[:2])
+    assert 0 < kept.sum() < len(kept)
+    for settings, expected in (
+        ({}, kept),
+        ({"count_padding": True}, torch.ones_like(kept)),
+        ({"skip_several_images": True}, kept & single),
+        ({"count_padding": True, "skip_several_images": True}, single),
+    ):
+        viral = Viral(teacher="encoder", hidden=8, **settings)
+        (target,) = ViralLoss.build(viral, Context(model, processor)).targets([batch])
+        assert torch.equal(target["keep"], expected) and target.count == expected.sum()
+
+
+def test_the_last_layer_is_read_before_or_after_the_final_norm():
+    model, processor = tiny("llava_padded")
+    batch = padded_batch(processor)
+    context = Context(model, processor)
+    found = {}
+    for normed in (False, True):
+        viral = Viral(teacher="encoder", layers=[context.depth], hidden=8, final_norm=normed)
+        objective = ViralLoss.build(viral, context)
+        aligned = AlignedModel(model, [TextLoss(), objective])
+        with torch.no_grad():
+            (made,) = with_targets([batch], [objective])
+            found[normed] = aligned(made)["terms"][-1].mean
+            states = model(**model_inputs(batch), output_hidden_states=True).hidden_states[-1]
+        if normed:  # what the released code reads
+            target = made["targets"]["viral"]
+            by_hand = objective.compare(
+                {context.depth: states[batch["visual_mask"]]}, target["features"], target["keep"]
+            )
+            assert torch.equal(found[True], by_hand.mean)
+    assert (found[True] - found[False]).abs() > 1e-4
+    with pytest.raises(InputError, match=f"the last layer, {context.depth}, among them"):
+        ViralLoss.build(Viral(teacher="encoder", layers=[1], hidden=8, final_norm=True), context)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.05, 0.25, 0.5, 1.0])

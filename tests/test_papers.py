@@ -3,17 +3,22 @@ parts of the same classes."""
 
 import os
 import socket
+from itertools import groupby
 
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import tiny
+from transformers import AutoProcessor
 
 from aligned_mllm.core import InputError, load_json
-from aligned_mllm.data.encode import IGNORED, encode
+from aligned_mllm.data.encode import IGNORED, encode, messages_of
+from aligned_mllm.data.forms import parse_record
 from aligned_mllm.data.records import Records
 from aligned_mllm.training.estimate import summarize_records
-from aligned_mllm.models.compose import composed_model
+from aligned_mllm.models.compose import CHATS, composed_model, in_form
 from aligned_mllm.models.load import load_model
 from aligned_mllm.training.papers.viral import ROWS, paper_recipe, paper_recipe_names, sources_of, stage1_of
 from aligned_mllm.training.dry_run import dry_run
@@ -186,20 +191,14 @@ def test_words_are_counted_where_the_records_are(tiny_world):
     assert said["with_images"] == 0.75 and "75%" in found["A sample"]["with an image"]
 
 
-@pytest.mark.parametrize(
-    "name, begin, end",
-    [("vicuna7b_clip", "ASSISTANT:", "</s>"), ("qwen7b_clip", "<|im_start|>assistant\n", "<|im_end|>")],
-)
-def test_labels_are_the_answers_and_their_ends(tiny_world, name, begin, end):
-    """Token by token: learnt is what follows `begin`, up to and with `end`; by another way than the
+@pytest.mark.parametrize("name, end", [("vicuna7b_clip", "</s>"), ("qwen7b_clip", "<|im_end|>")])
+def test_labels_are_the_answers_and_their_ends(tiny_world, processors, name, end):
+    """Token by token: learnt is what follows ASSISTANT:, up to and with `end`; by another way than the
     template's spans."""
-    data, settings = tiny_world
-    chat = paper_recipe(f"viral_stage1_{name}")["chat"]
-    _, processor = composed_model(settings[name]["vision_tower"], settings[name]["language_model"], chat)
+    data, _ = tiny_world
+    processor = in_form(processors[name], paper_recipe(f"viral_table1_{name}_plain")["chat"])
     tokenizer = processor.tokenizer
     for record in Records(data / "llava_v1_5_mix665k.json", data)[:4]:
-        from PIL import Image
-
         made = encode(record, [Image.open(data / image) for image in record.images], processor)
         ids = made["input_ids"].tolist()
         labels = made["labels"].tolist()
@@ -208,7 +207,7 @@ def test_labels_are_the_answers_and_their_ends(tiny_world, name, begin, end):
         for index, token in enumerate(ids):
             expected.append(token if inside else IGNORED)
             inside = (
-                inside or tokenizer.decode(ids[: index + 1]).endswith(begin)
+                inside or tokenizer.decode(ids[: index + 1]).endswith("ASSISTANT:")
             ) and tokenizer.convert_ids_to_tokens(token) != end
         assert labels == expected
         learnt = tokenizer.decode([label for label in labels if label != IGNORED])
@@ -217,6 +216,97 @@ def test_labels_are_the_answers_and_their_ends(tiny_world, name, begin, end):
             "",
         ]
         assert made["visual_mask"].sum() == 16 * len(record.images)
+
+
+CONVERSATIONS = (  # with blanks, with an image behind its question, without an image
+    (("<image>\nWhat is above?", "Two red towers."), (" Where is it? ", " Left.")),
+    (("What is it?\n<image>", "A circle"),),
+    (("Say yes", "Yes"),),
+)
+USER = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+GOLDEN = {  # chat: the text of each conversation, and the pieces that are learnt, by LLaVA's rules
+    "vicuna_v1": (
+        (
+            f"<s>{USER} USER: <image>\nWhat is above? ASSISTANT: Two red towers.</s>"
+            "USER:  Where is it?  ASSISTANT:  Left.</s>",
+            ["Two red towers.</s>", "Left.</s>"],
+        ),
+        (f"<s>{USER} USER: <image>\nWhat is it? ASSISTANT: A circle</s>", ["A circle</s>"]),
+        (f"<s>{USER} USER: Say yes ASSISTANT: Yes</s>", ["Yes</s>"]),
+    ),
+    "qwen_2": (
+        (
+            f"{HUMAN} USER: <image>\nWhat is above? ASSISTANT: Two red towers.<|im_end|>"
+            "USER:  Where is it?  ASSISTANT:  Left.<|im_end|>",
+            ["Two red towers.<|im_end|>", "Left.<|im_end|>"],
+        ),
+        (f"{HUMAN} USER: <image>\nWhat is it? ASSISTANT: A circle<|im_end|>", ["A circle<|im_end|>"]),
+        (f"{HUMAN} USER: Say yes ASSISTANT: Yes<|im_end|>", ["Yes<|im_end|>"]),
+    ),
+    "plain": (
+        ("<image>Two red towers.\n", ["Two red towers.\n"]),
+        ("<image>A circle\n", ["A circle\n"]),
+        ("Yes\n", ["Yes\n"]),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def processors(tiny_world):
+    "The processors of two pairs of models."
+    _, settings = tiny_world
+    return {
+        name: composed_model(parts["vision_tower"], parts["language_model"], pad_to_square=False)[1]
+        for name, parts in settings.items()
+    }
+
+
+@pytest.mark.parametrize("name", paper_recipe_names())
+def test_every_recipe_writes_the_text_of_the_papers_code(processors, name):
+    "The text and the learnt pieces of three conversations, written out by hand from the released rules."
+    wanted = paper_recipe(name)
+    pair = "qwen7b_clip" if wanted["language_model"].startswith("Qwen") else "vicuna7b_clip"
+    processor = in_form(processors[pair], wanted["chat"])
+    assert wanted["chat"] == ("plain" if "stage1" in name else {"q": "qwen_2", "v": "vicuna_v1"}[pair[0]])
+    for turns, (text, learnt) in zip(CONVERSATIONS, GOLDEN[wanted["chat"]]):
+        turns = turns[:1] if wanted["chat"] == "plain" else turns
+        said = [{"from": who, "value": said} for turn in turns for who, said in zip(("human", "gpt"), turn)]
+        image = {"image": "0.png"} if "<image>" in turns[0][0] else {}
+        record = parse_record({"conversations": said, **image}, "here", [])
+        if wanted["chat"] == "plain" and pair[0] == "v":
+            text = f"<s>{text}"
+        assert processor.apply_chat_template(messages_of(record)) == text
+        made = encode(record, [Image.new("RGB", (56, 56))] * len(image), processor)
+        labels = made["labels"].tolist()
+        pieces = [list(group) for kept, group in groupby(labels, lambda label: label != IGNORED) if kept]
+        assert [processor.tokenizer.decode(piece).strip(" ") for piece in pieces] == learnt
+
+
+def test_a_second_stage_takes_its_own_form_of_the_first_ones_model(tiny_world, processors, tmp_path):
+    """Stage 1 is saved with captions and cropped pictures; stage 2 asks in Vicuna's form and pads. Another
+    family keeps its own form, and a template that was not kept cannot be asked for again."""
+    _, settings = tiny_world
+    processor = in_form(processors["vicuna7b_clip"], "plain")
+    processor.save_pretrained(tmp_path)
+    saved = AutoProcessor.from_pretrained(tmp_path)
+    assert saved.chat_template == CHATS["plain"] and not hasattr(saved.image_processor, "pad_to_square")
+    second = in_form(saved, "vicuna_v1", pad_to_square=True)
+    expected = composed_model(
+        *(settings["vicuna7b_clip"][key] for key in ("vision_tower", "language_model")), pad_to_square=True
+    )[1]
+    assert second.chat_template == expected.chat_template
+    assert second.image_processor.to_dict() == expected.image_processor.to_dict()
+    with pytest.raises(InputError, match="which was not kept"):
+        in_form(AutoProcessor.from_pretrained(tmp_path), "own")
+    with pytest.raises(InputError, match="leave both out"):
+        in_form(tiny("qwen2_5_vl")[1], "vicuna_v1")
 
 
 @pytest.mark.parametrize("row", ROWS if ALL_ROWS else REHEARSED)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import InputError
-from .record import Record
+from .record import IMAGE, Record
 from .views import layout_of, views_of_images
 
 # %% ../../nbs/lib/data/15_encode.ipynb #547af69c
@@ -30,11 +30,13 @@ def messages_of(
         messages.append({"role": "system", "content": [{"type": "text", "text": record.system}]})
     for turn in record.turns:
         parts = []
-        for index, text in enumerate(turn.question.split("<image>")):
+        texts = turn.question.split(IMAGE)
+        for index, text in enumerate(texts):
             if index and with_images:
                 parts.append({"type": "image"})
-            if text.strip():
-                parts.append({"type": "text", "text": text.strip()})
+            text = text if len(texts) == 1 else text.strip()
+            if text:
+                parts.append({"type": "text", "text": text})
         messages.append({"role": "user", "content": parts})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
     return messages if with_last_answer else messages[:-1]
@@ -175,12 +177,17 @@ def encode(
         fault = f"{type(processor).__name__} without a chat template"
         raise InputError(fault, "one", "set processor.chat_template to the model's own format")
     messages = messages_of(record, with_images=bool(images), with_last_answer=with_last_answer)
-    require_system_place(messages, render, f"record {record.id!r} {record.where}")
-    text = render(messages) if with_last_answer else render(messages, add_generation_prompt=True)
+    place = f"record {record.id!r} {record.where}"
+    require_system_place(messages, render, place)
+    try:
+        text = render(messages) if with_last_answer else render(messages, add_generation_prompt=True)
+    except TemplateError as error:
+        fault = f"{place}: the chat template refuses it ({error})"
+        raise InputError(fault, "turns that it takes", "split the record, or set another template") from error
     if text.count(processor.image_token) != len(images):
         count = text.count(processor.image_token)
         raise InputError(
-            f"{count} image tokens in the text of record {record.id!r} {record.where}",
+            f"{count} image tokens in the text of {place}",
             f"{len(images)}, one for each image",
             "remove the image token from the text itself",
         )
@@ -192,7 +199,7 @@ def encode(
     visual_mask = ids == layout.token_id(processor)
     if visual_mask.sum() != len(views.patches):
         raise InputError(
-            f"{visual_mask.sum()} placeholders for record {record.id!r} {record.where}",
+            f"{visual_mask.sum()} placeholders for {place}",
             f"{len(views.patches)}, by its images",
             "use the processor that was saved with the model",
         )

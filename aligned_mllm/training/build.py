@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core import InputError
 from ..data.records import Records
-from ..models.compose import composed_model
+from ..models.compose import composed_model, in_form
 from ..models.load import add_position_code, fitted_processor, load_model, load_processor
 from ..models.trainable import STAGES, add_lora, train_only
 from ..models.residual import add_residual
@@ -84,7 +84,7 @@ def composed_student(
     return composed_model(
         config.vision_tower,
         config.language_model,
-        config.chat,
+        config.chat or "vicuna_v1",
         config.pad_to_square,
         config.seed,
         WEIGHTS[config.weights],
@@ -116,16 +116,15 @@ def student_of(
     "(model, processor) with the right parts frozen, LoRA, position code and residual. Raises InputError."
     if model is not None:
         processor = fitted_processor(processor or processor_of(model), model)
-        return prepare_student(config, model), processor
-    if not config.model:
+    elif not config.model:
         raise InputError(
             "no model", f"one of {list(STUDENTS)}, a model folder, or a hub id", "pass --set model=NAME"
         )
-    if config.model in STUDENTS:
+    elif config.model in STUDENTS:
         model, processor = STUDENTS[config.model].load(config)
     else:
         model, processor = load_model(config.model, WEIGHTS[config.weights])
-    return prepare_student(config, model), processor
+    return prepare_student(config, model), in_form(processor, config.chat, config.pad_to_square)
 
 # %% ../../nbs/lib/training/50_build.ipynb #e7f0c200
 def cast_trained_weights(

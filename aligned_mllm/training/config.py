@@ -45,8 +45,10 @@ class AlignConfig(TrainingArguments):
     )
     vision_tower: str = setting("", "for 'composed': a folder or hub id of a vision encoder")
     language_model: str = setting("", "for 'composed': a folder or hub id of a causal language model")
-    chat: str = setting("vicuna_v1", f"for 'composed': the form of conversations, one of {list(CHATS)}")
-    pad_to_square: bool = setting(False, "for 'composed': images are padded to squares, not cropped")
+    chat: str = setting(
+        "", f"of a LLaVA model: one of {list(CHATS)}; by default its own, for 'composed' vicuna_v1"
+    )
+    pad_to_square: bool = setting(False, "of a LLaVA model: images are padded to squares, not cropped")
     stage: int = setting(2, "1 trains the projector; 2 the language model as well; 3 the vision tower, too")
     objectives: dict = setting(dict, "beside the text loss: label to settings; written LABEL.FIELD=VALUE")
     records: str = setting("train.jsonl", "training records, below data")
@@ -119,7 +121,7 @@ class AlignConfig(TrainingArguments):
             "weights": WEIGHTS,
             "trained_weights": ("", *WEIGHTS),
             "residual": ("", *RESIDUALS),
-            "chat": CHATS,
+            "chat": ("", *CHATS),
             "too_long": TOO_LONG,
         }
         for name, known in choices.items():

@@ -34,7 +34,7 @@ STAGE1 = {
     "warmup_steps": 0.03,
     "weight_decay": 0.0,
     "max_length": 2048,
-    "pad_to_square": True,
+    "pad_to_square": False,
     "gradient_checkpointing": True,
     **FAST,
 }
@@ -43,6 +43,7 @@ STAGE1 = {
 STAGE2 = {
     **STAGE1,
     "stage": 2,
+    "pad_to_square": True,
     "records": "llava_v1_5_mix665k.json",
     "global_batch_size": 128,
     "learning_rate": 2e-4,
@@ -61,8 +62,8 @@ SHARED_SOURCES = {
     ),
     "records": "paper, App. A: LLaVA-558K, then LLaVA-665K; LLaVA's own files",
     "global_batch_size": (
-        "stage 1: script, 8 x 32; stage 2: paper, App. A: 5.2K steps over 665,298 samples give 128 (the "
-        "released 7B script would give 32)"
+        "stage 1: scripts, 32 on each of LLaVA's 8 GPUs, 256 for Qwen; stage 2: paper, App. A: 5.2K steps "
+        "over 665,298 samples give 128, as the released 13B and Qwen scripts do (the 7B one gives 32)"
     ),
     "num_train_epochs": "scripts of both stages",
     "learning_rate": "scripts of both stages",
@@ -88,19 +89,27 @@ SHARED_SOURCES = {
         "ours, close to the scripts' group_by_modality_length: samples of about one length together; "
         "changes their order only"
     ),
-    "pad_to_square": "scripts of both stages (image_aspect_ratio pad)",
+    "pad_to_square": (
+        "script of stage 2 (image_aspect_ratio pad); those of stage 1 leave the default: the encoder's own "
+        "processing, which crops CLIP's images"
+    ),
     "lora_rank": "script of stage 2",
     "lora_alpha": "script of stage 2",
     "lora_dropout": "LLaVA's default, which the script of stage 2 leaves",
     "gradient_checkpointing": "scripts of both stages",
     "seed": "not disclosed; ours: transformers' default, and several by --seeds where an interval is wanted",
-    "viral.weight": "paper, App. A: lambda = 0.5 by default; no sweep is published",
+    "viral.weight": "paper, App. A, and released config.json: lambda = 0.5; no sweep is published",
     "viral.layers": (
-        "paper, Table 3 and App. A for 7B: 16 of 32; for 13B and Qwen not disclosed; ours: the middle "
-        "block, 20 of 40 and 14 of 28"
+        "paper, Table 3 and App. A, and released config.json for 7B: 16 of 32; for 13B and Qwen not "
+        "disclosed; ours: the middle block, 20 of 40 and 14 of 28"
     ),
-    "viral.hidden": "released code, projector_dim",
+    "viral.hidden": "released config.json, projector_dim",
     "viral.trainable": "paper, Section 4: learnable (the released LoRA script freezes it by accident)",
+    "viral.count_padding": "released code, llava_arch.py: every visual token counts, there is no mask",
+    "viral.skip_several_images": "released code: only samples with exactly one image's visual tokens count",
+    "viral.final_norm": (
+        "released code, hidden_states[32] of 32 blocks: transformers gives it after the final norm"
+    ),
     "viral.kind": (
         "paper, Eq. 5: cosine; Table 5 and App. C: relation, on transformed states (the released code "
         "uses raw ones)"
@@ -143,14 +152,18 @@ MODELS = {
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #eb76ade0
 MODEL_SOURCES = {
     "language_model": (
-        "paper, Table 1; the Qwen checkpoint is not disclosed, ours: the instruction-tuned one, whose "
-        "chat is the script's qwen_2"
+        "paper, Table 1 (Qwen2.5-7B without a checkpoint); scripts: lmsys/vicuna-7b-v1.5, "
+        "lmsys/vicuna-13b-v1.5, Qwen/Qwen2.5-7B-Instruct"
     ),
     "vision_tower": (
         "paper, Table 1; the SigLIP v2 checkpoint is not disclosed, ours: so400m at 384 pixels, the one "
         "whose size LLaVA-type models commonly use"
     ),
-    "chat": "scripts: vicuna_v1 with its system sentence; qwen_2",
+    "chat": (
+        "scripts of stage 1: plain; of stage 2: v1 and qwen_2, with their system sentences. The released "
+        "loader leaves a conversation's last <|im_end|> of qwen_2 unlearnt; ours: learnt, or a model of "
+        "single questions would never stop"
+    ),
 }
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #6be72d2d
@@ -168,6 +181,8 @@ DEFAULT = {
     "viral.layers": [16],
     "viral.weight": 0.5,
     "viral.hidden": 2048,
+    "viral.count_padding": True,
+    "viral.skip_several_images": True,
 }
 
 # %% ../../../nbs/lib/training/20_papers.viral.ipynb #50a85b55
@@ -183,8 +198,9 @@ ROWS = {
     },
     **{
         f"table3_layer{layer}": ("vicuna7b_clip", {**DEFAULT, "viral.layers": [layer]})
-        for layer in range(4, 33, 4)
+        for layer in range(4, 32, 4)
     },
+    "table3_layer32": ("vicuna7b_clip", {**DEFAULT, "viral.layers": [32], "viral.final_norm": True}),
     "table4_a_plain": ("vicuna7b_clip", {}),
     "table4_b_residual_post": ("vicuna7b_clip", {"residual": "post_projection", "residual_layer": 16}),
     "table4_c_encoder": ("vicuna7b_clip", {**DEFAULT, "viral.teacher": "encoder"}),
@@ -202,7 +218,7 @@ def paper_recipe(
     "The settings of a row of VIRAL's tables, by key; raises InputError for an unknown name."
     row = name.removeprefix("viral_")
     if row.startswith("stage1_") and row.removeprefix("stage1_") in MODELS:
-        return {**STAGE1, **MODELS[row.removeprefix("stage1_")]}
+        return {**STAGE1, **MODELS[row.removeprefix("stage1_")], "chat": "plain"}
     if not name.startswith("viral_") or row not in ROWS:
         raise InputError(
             f"paper recipe {name!r}",
