@@ -242,6 +242,8 @@ def main(
             _run_experiment(options, words)
         else:
             return commands[options.command](options) or 0
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"aligned-mllm: {error}. Finished runs are kept; run the same command again", file=sys.stderr)
         return 3

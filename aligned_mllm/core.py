@@ -75,12 +75,17 @@ def command(
     main: Callable[..., int],  # an entry: takes the arguments, returns its exit status
 ) -> Callable[..., int]:
     """The same entry, which turns an InputError into one line on stderr (of the first process of a run)
-    and exit status 2."""
+    and exit status 2, and ends quietly where nobody reads its output any more (`| head`)."""
 
     @functools.wraps(main)
     def wrapped(*arguments, **keywords) -> int:
         try:
-            return main(*arguments, **keywords)
+            status = main(*arguments, **keywords)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # as a command that the signal ends
         except InputError as error:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"aligned_mllm: {' '.join(str(error).split())}", file=sys.stderr)
@@ -316,7 +321,7 @@ def sole_owner(
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / "lock", "w") as handle:
+    with open(Path(folder) / "lock", "w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -54,7 +54,7 @@ def served(command: list[str], address: str, folder: Path, **environment: str) -
         "notification.jupyterlab-settings",
     )
     news.parent.mkdir(parents=True, exist_ok=True)
-    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    news.write_text('{"fetchNews": "false", "checkForUpdates": false}', encoding="utf-8")
     settings = {
         **os.environ,
         **places,
@@ -63,7 +63,7 @@ def served(command: list[str], address: str, folder: Path, **environment: str) -
         "HF_HUB_OFFLINE": "1",
         **environment,
     }
-    with open(folder / "server.log", "w") as log:
+    with open(folder / "server.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=settings, cwd=ROOT)
     try:
         for _ in range(240):

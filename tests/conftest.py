@@ -37,7 +37,7 @@ def launch(*arguments, processes: int) -> subprocess.CompletedProcess:
 
 def into_file(log: Path) -> None:
     "Append to a file what this process prints."
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 

@@ -10,7 +10,7 @@ import torch
 from conftest import in_fork
 
 from aligned_mllm.analysis.checkpoints import LoadedModel
-from aligned_mllm.analysis.cka import cka, cka_null
+from aligned_mllm.analysis.cka import cka, cka_null, cross
 from aligned_mllm.analysis.cknna import agreement, cknna
 from aligned_mllm.analysis.cknna_intervals import MEASURES, groups_of, permutation_null
 from aligned_mllm.analysis.cknna_layers import cknna_by_layer
@@ -409,3 +409,18 @@ def test_where_the_two_forms_part():
             > 0.2
             > cknna(one, noise, k=350, **masked, unbiased=unbiased)
         )
+
+
+def test_too_few_points_or_neighbours_are_refused():
+    "Unbiased CKA has no value below four points; a point whose only neighbour is itself says nothing."
+    few = [torch.randn(3, 4), torch.randn(3, 4)]
+    with pytest.raises(InputError, match="unbiased CKA of 3 points. Expected: at least 4"):
+        cka(*few, unbiased=True)
+    groups = torch.tensor([0, 0, 1, 1, 1])
+    with pytest.raises(InputError, match="unbiased CKA of 2 points"):  # without the larger group
+        points = points_of(torch.randn(5, 4), groups=groups)
+        cross(points, points, unbiased=True)
+    many = [torch.randn(20, 4), torch.randn(20, 4)]
+    with pytest.raises(InputError, match="k = 1 neighbours among 20 points. Expected: 2 to 20"):
+        cknna(*many, k=1, form="masked_first")
+    assert cknna(*many, k=1, form="masked_first", unbiased=True) < 1

@@ -76,6 +76,13 @@ def test_the_shell_sees_it(name, tmp_path):
     )
 
 
+def test_a_closed_pipe_ends_a_command_quietly():
+    words = [sys.executable, "-m", "aligned_mllm.cli", "recipes"]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 141
+
+
 def test_installed_commands_are_among_them():
     scripts = re.findall(r'"[\w-]+=(aligned_mllm[\w.]*):main"', (ROOT / "setup.py").read_text())
     assert scripts and set(scripts) <= set(COMMANDS)

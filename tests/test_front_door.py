@@ -183,6 +183,19 @@ def test_bad_input_is_one_line(small_data, tmp_path, change, message):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_system_turn_without_a_place_is_refused_before_the_first_step(small_data, tmp_path):
+    "Also if only a later evaluation record has one."
+    model, processor = tiny("llava")
+    without = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    processor.chat_template = without + processor.chat_template
+    turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "left"}]
+    rows = [{"messages": turns}, {"messages": [{"role": "system", "content": "be brief"}, *turns]}]
+    args = AlignConfig(str(tmp_path / "run"), eval_strategy="steps", **STEPS)
+    with pytest.raises(InputError, match="a system turn, and the chat template leaves it out"):
+        AlignTrainer(model, args, rows[:1], eval_dataset=rows, processing_class=processor)
+    AlignTrainer(model, args, rows[:1], eval_dataset=rows[:1], processing_class=processor)
+
+
 def test_names_of_the_package():
     import aligned_mllm
 

@@ -21,7 +21,8 @@ def cross(
     unbiased: bool = False,
 ) -> Tensor:
     """tr(KHLH), up to a factor that cancels, of all points and (if there are several groups) without each
-    group: (1,) or (1 + G,) float64. Raises InputError for different numbers of points."""
+    group: (1,) or (1 + G,) float64. Raises InputError for different numbers of points, and for fewer
+    than 4 of the unbiased form."""
     if len(first.rows) != len(second.rows):
         raise InputError(
             f"{len(first.rows)} and {len(second.rows)} rows",
@@ -29,6 +30,11 @@ def cross(
             "take both features from the same images and tokens",
         )
     members = first.members
+    fewest = len(first.rows) - (max(map(len, members)) if len(members) > 1 else 0)
+    if unbiased and fewest < 4:
+        raise InputError(
+            f"unbiased CKA of {fewest} points", "at least 4", "take more points, or the biased form"
+        )
     means = [sum(each.unit(index).sum(0) for index in members) / len(each.rows) for each in (first, second)]
 
     def sums(index: Tensor) -> list[Tensor]:

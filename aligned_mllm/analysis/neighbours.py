@@ -212,11 +212,12 @@ def space(
     """The neighbours and sums of a set of features, in memory that grows with n (D + k) and not with n
     squared. Raises InputError as `kernel` does."""
     points = points_of(features, normalise, groups)
+    least = 1 + with_self  # the nearest point to each is itself
     most = len(points.rows) - 1 + with_self
-    if not 1 <= k <= most:
+    if not least <= k <= most:
         raise InputError(
             f"k = {k} neighbours among {len(points.rows)} points",
-            f"1 to {most}",
+            f"{least} to {most}",
             "choose a smaller k (10 is usual) or more points",
         )
     keep = min(most, k if groups is None else 2 * k + 10)

@@ -23,9 +23,10 @@ from .trainer import TermTrainer
 def weights_digest(
     folder: str,  # of a model; anything else has no digest
 ) -> str:
-    "A digest of all safetensors files of a folder; an empty text if there is none."
+    "A digest of all files of weights in a folder; an empty text if there is none."
     digest = hashlib.sha256()
-    files = sorted(Path(folder).glob("*.safetensors"))
+    folder = Path(folder).expanduser()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     for path in files:
         with open(path, "rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())

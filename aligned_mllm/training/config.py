@@ -153,7 +153,11 @@ def setting_type(
     near ones."""
     label, dot, field = key.partition(".")
     kind = objective_class(label).Settings if dot else AlignConfig
-    types = {item.name: str(item.type) for item in dataclasses.fields(kind) if item.init}
+    types = {
+        item.name: item.type.__name__ if isinstance(item.type, type) else str(item.type)
+        for item in dataclasses.fields(kind)
+        if item.init
+    }
     if (field if dot else key) not in types:
         near = get_close_matches(field or key, types, 3) or list(types)[:3]
         raise InputError(

@@ -88,7 +88,8 @@ def write_configs(
         save_json(deepspeed_config(stage), folder / f"zero{stage}.json")
     for kind in LAUNCH_KINDS:
         with whole_file(folder / f"{kind}.yaml") as path:
-            Path(path).write_text(yaml.safe_dump(launch_config(kind, folder), sort_keys=False))
+            text = yaml.safe_dump(launch_config(kind, folder), sort_keys=False)
+            Path(path).write_text(text, encoding="utf-8")
     return sorted([*folder.glob("*.json"), *folder.glob("*.yaml")])
 
 # %% ../../nbs/lib/training/90_launch.ipynb #5ba365b8

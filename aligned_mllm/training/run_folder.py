@@ -46,7 +46,8 @@ class RunFolder(TrainerCallback):
         for line in state.log_history:
             kept = [(name, value) for name, value in sorted(line.items()) if name.startswith(CURVES)]
             rows += [(line["step"], name.removeprefix("eval_"), value) for name, value in kept]
-        with whole_file(Path(args.output_dir) / "curves.csv") as path, open(path, "w", newline="") as handle:
+        curves = Path(args.output_dir) / "curves.csv"
+        with whole_file(curves) as path, open(path, "w", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerows(rows)
 
     def on_step_end(self, args, state, control, **keywords):

@@ -47,6 +47,9 @@ def parse_statement(
 ) -> Statement:
     "The statement in one line of NLVR; raises InputError with file, line and identifier."
     identifier = raw.get("identifier") if isinstance(raw, dict) else raw
+    if isinstance(raw, dict) and "identifier" in raw and "directory" not in raw:
+        fault = f"{where}, identifier {identifier!r}: no directory, as in NLVR's hidden split"
+        raise InputError(fault, "a line that names the directory of its drawings", "read train, dev or test")
     try:
         if not re.fullmatch(r"\d+-\d+", raw["identifier"]) or not re.fullmatch(r"\w+", raw["directory"]):
             raise ValueError(f"identifier {raw['identifier']!r}, directory {raw['directory']!r}")
