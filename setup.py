@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
+data = settings["data_requirements"].split()
 
 setup(
     name=settings["lib_name"],
@@ -20,7 +21,7 @@ setup(
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["aligned_mllm", "aligned_mllm.*"]),
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={"data": data, "dev": [*settings["dev_requirements"].split(), *data]},
     entry_points={
         "nbdev": [f"aligned_mllm={settings['lib_path']}._modidx:d"],
         "console_scripts": ["aligned-mllm=aligned_mllm.cli:main"],

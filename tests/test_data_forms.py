@@ -8,8 +8,11 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import datasets
 import pytest
+from datasets import Dataset, Features, List, Value
 from PIL import Image
+from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from aligned_mllm.core import InputError, data_folder
@@ -279,33 +282,31 @@ def corners(records):
 COLOURS = [[(255, 0, 0)], [(0, 128, 128)], [(255, 255, 255)], [], [(0, 0, 254), (255, 0, 0)]]
 
 
-class ArrowTable(list):
-    "As a data set in the Arrow format gives it: a slice of rows."
+PART = {"type": Value("string"), "text": Value("string"), "image": datasets.Image()}
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "image": datasets.Image(),
+        "images": List(datasets.Image()),
+        "messages": List({"role": Value("string"), "content": List(PART)}),
+        "conversations": List({"from": Value("string"), "value": Value("string")}),
+        "source": Value("string"),
+    }
+)
 
-    def to_pylist(self):
-        return list(self)
 
+def stored(rows):
+    "The rows as a data set of Hugging Face: texts in parts, every picture encoded."
 
-class Dataset:
-    "The part of `datasets.Dataset` that is used."
+    def in_parts(message):
+        content = message["content"]
+        content = [text_part(content)] if isinstance(content, str) else content
+        return {**message, "content": [{name: part.get(name) for name in PART} for part in content]}
 
-    def __init__(self, rows, names=None, form=None):
-        self.rows = rows
-        self.column_names = names or list(dict.fromkeys(name for row in rows for name in row))
-        self.format = {"type": form}
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, key):
-        assert self.format["type"] == "arrow" and isinstance(key, slice), "pictures would be decoded"
-        return ArrowTable({name: row.get(name) for name in self.column_names} for row in self.rows[key])
-
-    def select_columns(self, names):
-        return Dataset(self.rows, names, self.format["type"])
-
-    def with_format(self, form):
-        return Dataset(self.rows, self.column_names, form)
+    rows = [{name: row.get(name) for name in FEATURES} for row in rows]
+    for row in rows:
+        row["messages"] = [in_parts(message) for message in row["messages"] or []] or None
+    return Dataset.from_list(rows, features=FEATURES)
 
 
 def test_tables_with_pictures_inside(tmp_path):
@@ -318,15 +319,10 @@ def test_tables_with_pictures_inside(tmp_path):
     names = [name for record in records for name in record.images]
     assert len(set(names)) == 5 and open_records(table()).digest == records.digest
     assert open_records(table()[:4]).digest != records.digest
-    stored = open_records(Dataset(table()))
-    assert corners(stored) == COLOURS and stored.digest == records.digest
     old = {"conversations": {"from": ["human", "gpt"], "value": ["how", "so"]}}
     assert open_records([old])[0].turns == (Turn("how", "so"),)
     old["conversations"]["value"].append("lost")
     assert message(open_records, [old]).startswith("row 0: \"conversations\" is \"{'from'")
-    assert "transform" in message(open_records, Dataset(table(), form="custom"))
-    assert "without streaming" in message(open_records, iter(table()))
-    assert "source['train']" in message(open_records, {"train": table()})
     Image.new("RGB", (8, 6), "gold").save(tmp_path / "gold.png")
     files = [
         {**table()[3], "image": "gold.png"},
@@ -337,6 +333,57 @@ def test_tables_with_pictures_inside(tmp_path):
     said = message(open_records, files)
     assert said.startswith("row 0, id 'text': image 'gold.png' is a file, and no folder")
     assert "leads out of" in message(open_records, [{**table()[3], "image": "../x.png"}], tmp_path)
+
+
+def test_a_data_set_of_hugging_face(tmp_path, monkeypatch):
+    source = stored(table())
+    monkeypatch.setattr(datasets.Image, "decode_example", None)  # a picture that it decoded would fail
+    records = open_records(source)
+    plain = open_records(table())
+    assert [record.turns for record in records] == [record.turns for record in plain]
+    assert corners(records) == COLOURS and records[2].where == "row 2" and records.image_folder is None
+    assert corners(pickle.loads(pickle.dumps(records))) == COLOURS
+    assert open_records(source.with_format("torch")).digest == records.digest
+    turned = open_records(source.select([4, 3, 2, 1, 0]))
+    assert corners(turned) == COLOURS[::-1] and turned.digest != records.digest
+    (tmp_path / "disk").mkdir()
+    source.save_to_disk(tmp_path / "disk")
+    assert open_records(datasets.load_from_disk(tmp_path / "disk")).digest == records.digest
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    opened = Dataset.from_list([chat(("u", "how"), ("a", "so"), image=Image.open(tmp_path / "red.png"))])
+    assert corners(open_records(opened, tmp_path)) == COLOURS[:1]  # `datasets` keeps it by its path alone
+    for wrong, part in (
+        (opened, "no folder is given"),
+        (tmp_path / "disk", "datasets.load_from_disk("),
+        (source.with_transform(lambda batch: batch), "a transform"),
+        (source.to_iterable_dataset(), "without streaming"),
+        (datasets.DatasetDict(train=source), "source['train']"),
+        (Dataset.from_list([{"text": "how so"}]), "the data set has the columns ['text']"),
+    ):
+        assert part in message(open_records, wrong)
+
+
+def test_values_of_several_kinds_are_stored_as_json(tmp_path):
+    "A content that is a text here and parts there; `datasets` stores such values as JSON."
+    asked = [IMAGE_PART, text_part("how")]
+    rows = [chat(("s", "be brief"), ("u", asked), ("a", 'so "far"'), image="red.png")]
+    rows += [chat(("u", "how many"), ("a", answer), image="red.png") for answer in ("2", "true", "2 or 3")]
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    lines = tmp_path / "chat.jsonl"
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    source = datasets.load_dataset(
+        "json", data_files=str(lines), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert "Json" in str(source.features)
+    source.to_parquet(tmp_path / "train.parquet")
+    expected = [(record.system, record.turns) for record in Records(lines)]
+    for found in (
+        open_records(source, tmp_path),
+        open_records(Dataset.from_list(rows, on_mixed_types="use_json"), tmp_path),
+        open_records(tmp_path / "train.parquet"),
+    ):
+        assert [(record.system, record.turns) for record in found] == expected
+        assert corners(found) == COLOURS[:1] * 4
 
 
 def test_broken_rows_have_numbers():
@@ -357,36 +404,18 @@ def test_broken_rows_have_numbers():
         assert message(cut.image, cut[0].images[0]).startswith("row 0, image 1: ")
 
 
-class ParquetFile:
-    "pyarrow's view of a file, with two rows in a group; counts the groups that are read."
-
+def test_parquet_is_read_group_by_group(tmp_path, monkeypatch):
+    for name, rows in (("train-3", table()[:3]), ("train-5", table()), ("test-1", table()[:1])):
+        parquet.write_table(stored(rows).data.table, tmp_path / f"{name}.parquet", row_group_size=2)
     read = []
 
-    def __init__(self, path):
-        self.path = path
-        self.rows = table()[: int(path.stem[-1])]
-        self.metadata = SimpleNamespace(
-            num_row_groups=(len(self.rows) + 1) // 2,
-            row_group=lambda group: SimpleNamespace(num_rows=len(self.rows[2 * group : 2 * group + 2])),
-        )
-        self.schema_arrow = SimpleNamespace(
-            names=["id", "image", "images", "messages", "conversations", "source"]
-        )
+    class Counting(parquet.ParquetFile):
+        def read_row_group(self, group, columns):
+            assert "source" not in columns
+            read.append(group)
+            return super().read_row_group(group, columns)
 
-    def read_row_group(self, group, columns):
-        assert "source" not in columns
-        self.read.append((self.path.name, group))
-        rows = self.rows[2 * group : 2 * group + 2]
-        return SimpleNamespace(slice=lambda start, count: ArrowTable(rows[start : start + count]))
-
-
-def test_parquet_is_read_group_by_group(tmp_path, monkeypatch):
-    for name in ("train-3.parquet", "train-5.parquet", "test-1.parquet"):
-        (tmp_path / name).write_bytes(b"PAR1")
-    parquet = SimpleNamespace(ParquetFile=ParquetFile)
-    pyarrow = SimpleNamespace(parquet=parquet, ArrowException=ArithmeticError)
-    monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    monkeypatch.setattr(parquet, "ParquetFile", Counting)
     records = open_records(tmp_path)
     assert corners(records) == [*COLOURS[:3], *COLOURS] and records.image_folder is None
     assert records[2].where == f"{tmp_path}/train-3.parquet:row 2"
@@ -394,16 +423,21 @@ def test_parquet_is_read_group_by_group(tmp_path, monkeypatch):
         records[7].where == f"{tmp_path}/train-5.parquet:row 4" and records[5].id == "train-5.parquet:row 2"
     )
     assert pickle.loads(pickle.dumps(records))[7] == records[7]
-    ParquetFile.read.clear()
+    alone = open_records(tmp_path / "train-5.parquet")
+    assert alone.digest == open_records(stored(table())).digest
+    read.clear()
     corners(records)
-    assert len(ParquetFile.read) == 5  # each group once
+    assert len(read) == 5  # each group once
     (tmp_path / "train-3.parquet").write_bytes(b"PAR1 and more")
     assert "has changed since it was opened" in message(records.__getitem__, 0)
-    monkeypatch.setattr(parquet, "ParquetFile", lambda path: 1 / 0)
-    assert "train-5.parquet: division by zero" in message(open_records, tmp_path / "train-5.parquet")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "without the package pyarrow" in message(open_records, tmp_path / "train-5.parquet")
+    assert "train-3.parquet: Parquet magic bytes not found" in message(open_records, tmp_path)
+    texts = Dataset.from_list([{"text": "how so"}])
+    texts.to_parquet(tmp_path / "texts.parquet")
+    assert "texts.parquet has the columns ['text']" in message(open_records, tmp_path / "texts.parquet")
     assert "neither train.jsonl nor" in message(open_records, tmp_path.parent / tmp_path.name / "..")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    said = message(open_records, tmp_path / "train-5.parquet")
+    assert "without the package pyarrow" in said and "the extra [data]" in said
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Models as people have them: older forms are read and said, nothing damaged or incomplete is believed."""
 
+import io
 import json
 import random
 import shutil
@@ -8,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from conftest import ENVIRONMENT
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny
+from tiny_models import WORDS, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from aligned_mllm.core import InputError, checksum
 from aligned_mllm.models.compose import composed_model
@@ -190,3 +193,65 @@ def test_damage_ends_in_one_line_that_names_folder_or_file(good, tmp_path):
                 assert "\n" not in str(error) and (named or str(tmp_path / "bad") in str(error)), error
                 refused += 1
     assert refused > 15
+
+
+@pytest.fixture
+def parts(good, tmp_path) -> dict[str, str]:
+    "Folders of an encoder, and of a language model as Vicuna's: its tokenizer is `tokenizer.model` alone."
+    pieces = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([WORDS] * 3),
+        model_writer=pieces,
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    model, processor = load_model(good)
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    processor.image_processor.save_pretrained(tmp_path / "tower")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=330, **sizes)).save_pretrained(tmp_path / "words")
+    (tmp_path / "words" / "tokenizer.model").write_bytes(pieces.getvalue())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, **special}
+    (tmp_path / "words" / "tokenizer_config.json").write_text(json.dumps(settings))
+    return {"vision_tower": str(tmp_path / "tower"), "language_model": str(tmp_path / "words")}
+
+
+def test_a_tokenizer_of_sentencepiece_alone(parts, tmp_path):
+    model, processor = composed_model(**parts)
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "words" / "tokenizer.model"))
+    for text in ("where is the circle", "two  red\ntowers", "größe 7"):
+        assert processor.tokenizer(text)["input_ids"] == [1, *plain.encode(text)]
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "saved")
+    text = "<image>\nwhere is it"
+    again = load_model(tmp_path / "saved")[1].tokenizer
+    assert again(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "knows 3 tokens, all of them special"),
+        (b"", "knows 3 tokens, all of them special"),
+        (b"half", "tokenizer.model cannot be read"),
+    ],
+)
+def test_a_tokenizer_without_its_pieces_is_refused(parts, tmp_path, content, fault):
+    file = tmp_path / "words" / "tokenizer.model"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content and file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=fault):
+        composed_model(**parts)
+
+
+def test_the_package_of_a_tokenizer_is_named(parts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(InputError, match="tokenizer.model cannot be read .*sentencepiece"):
+        composed_model(**parts)

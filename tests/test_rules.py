@@ -296,7 +296,8 @@ def test_constraints_are_exact_and_cover_what_is_asked():
     ]
     parser = ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
-    asked = (parser["DEFAULT"]["requirements"] + " " + parser["DEFAULT"]["dev_requirements"]).split()
+    kinds = ("requirements", "data_requirements", "dev_requirements")
+    asked = " ".join(parser["DEFAULT"][kind] for kind in kinds).split()
     assert {re.split(r"[<>=\[]", name)[0].lower() for name in asked} <= set(pins)
     assert all(
         "==" in line and "+" not in line and "@" not in line

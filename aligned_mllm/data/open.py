@@ -22,6 +22,9 @@ def _files_of(
         return [path]
     if (path / "train.jsonl").is_file():
         return [path / "train.jsonl"]
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        remedy = f"pass datasets.load_from_disk({str(path)!r}), or one part of it"
+        raise InputError(f"{path}, saved by save_to_disk", "records, a file or a data set", remedy)
     found = sorted(path.glob("train*.parquet"))
     if not found:
         fault = f"neither train.jsonl nor train*.parquet in {path}"

@@ -30,10 +30,48 @@ COLUMNS = (
     *("conversations", "messages", "prompt", "completion"),
 )
 
+# %% ../../nbs/lib/data/07_rows.ipynb #5e2c9a41
+def _columns_of(
+    found: Sequence[str],  # the columns of a table
+    place: str,  # begins the message
+) -> list[str]:
+    "The columns that are read; raises InputError for a table without conversations."
+    if not {"conversations", "messages", "prompt"} & set(found):
+        expected = '"messages", "conversations", or "prompt" and "completion"'
+        raise InputError(f"{place} has the columns {list(found)[:6]}", expected, "rename the columns")
+    return [name for name in COLUMNS if name in found]
+
+# %% ../../nbs/lib/data/07_rows.ipynb #c36f1e58
+def _decoded(
+    value,  # of a column, or inside one
+    kind,  # its type in Arrow
+):
+    "The value with its JSON text decoded; a number in it stays a text."
+    if value is None or "arrow.json" not in str(kind):
+        return value
+    if isinstance(value, str):
+        found = json.loads(value)
+        return found if isinstance(found, (str, list, dict)) else value
+    if isinstance(value, list):
+        return [_decoded(each, kind.value_type) for each in value]
+    return {name: _decoded(each, kind.field(name).type) for name, each in value.items()}
+
+# %% ../../nbs/lib/data/07_rows.ipynb #f2b94d07
+def _rows_of(
+    table,  # of Arrow
+) -> list[dict]:
+    "The rows of a table, with JSON text decoded."
+    mixed = [field for field in table.schema if "arrow.json" in str(field.type)]
+    return [
+        {**row, **{field.name: _decoded(row[field.name], field.type) for field in mixed}}
+        for row in table.to_pylist()
+    ]
+
 # %% ../../nbs/lib/data/07_rows.ipynb #ca9065b1
 class Rows:
     """The rows of a `datasets.Dataset`, read through Arrow so that no picture is decoded, or of a sequence of
-    dicts. Raises InputError for a data set that transforms its rows when they are read."""
+    dicts. Raises InputError for a data set without conversations, or one that transforms its rows when they
+    are read."""
 
     def __init__(
         self,
@@ -45,7 +83,7 @@ class Rows:
             if getattr(source, "format", {}).get("type") == "custom":
                 remedy = "use `map` in place of the transform"
                 raise InputError("a data set with a transform", "rows that are stored", remedy)
-            names = [name for name in COLUMNS if name in source.column_names]
+            names = _columns_of(source.column_names, "the data set")
             self.source = source.select_columns(names).with_format("arrow")
 
     def __len__(self) -> int:
@@ -54,7 +92,7 @@ class Rows:
     def take(self, start: int, stop: int) -> list[dict]:
         "Rows `start` to `stop`."
         if self.arrow:
-            return self.source[start:stop].to_pylist()
+            return _rows_of(self.source[start:stop])
         return [self.source[row] for row in range(start, stop)]
 
     def place(self, row: int) -> str:
@@ -79,6 +117,7 @@ class ParquetRows:
         self.first_rows = []  # of each file
         for number, path in enumerate(self.paths):
             facts = _parquet_file(path)
+            _columns_of(facts.schema_arrow.names, str(path))
             self.first_rows.append(self.starts[-1])
             for group in range(facts.metadata.num_row_groups):
                 self.groups.append((number, group))
@@ -105,7 +144,7 @@ class ParquetRows:
                 fault = f"{path} has changed since it was opened"
                 raise InputError(fault, "the same file", "open it again")
             facts = _parquet_file(path)
-            names = [name for name in COLUMNS if name in facts.schema_arrow.names]
+            names = _columns_of(facts.schema_arrow.names, str(path))
             kept = list(self._tables.items())[-1:]
             self._tables = dict([*kept, (number, facts.read_row_group(group, columns=names))])
         return self._tables[number]
@@ -116,7 +155,7 @@ class ParquetRows:
         while start < stop:
             number = bisect_right(self.starts, start) - 1
             count = min(stop, self.starts[number + 1]) - start
-            found += self._table(number).slice(start - self.starts[number], count).to_pylist()
+            found += _rows_of(self._table(number).slice(start - self.starts[number], count))
             start += count
         return found
 
@@ -134,7 +173,7 @@ def _parquet_file(
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        remedy = "pip install pyarrow, or save the data as JSON lines"
+        remedy = "pip install pyarrow (it is in the extra [data]), or save the data as JSON lines"
         raise InputError(f"{path} without the package pyarrow", "pyarrow to read Parquet", remedy) from None
     try:
         return pyarrow.parquet.ParquetFile(path)
@@ -256,7 +295,8 @@ class RowRecords(Sequence):
         "The path of an image file; raises InputError."
         if self._folder is None:
             fault = f"image {name!r} is a file, and no folder is given"
-            raise InputError(fault, "the folder of the images", "pass it as image_folder")
+            remedy = "pass it as image_folder; for a run, set images"
+            raise InputError(fault, "the folder of the images", remedy)
         return image_path(name, self._folder)
 
     @property

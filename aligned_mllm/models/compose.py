@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'CONTENT', 'PLAIN', 'CHATS', 'word_tokenizer', 'with_words', 'fold_statistics', 'reset_projector',
            'prefix_tokens', 'llava_config', 'compose', 'spoken_form', 'chat_template_of', 'padding_processor',
-           'in_form', 'fill_padding_token', 'composed_model']
+           'in_form', 'fill_padding_token', 'require_vocabulary', 'load_tokenizer', 'composed_model']
 
 # %% ../../nbs/lib/models/10_compose.ipynb #9ac33d6c
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, from_source, is_hub_id, seed_everything
 from .trainable import parts_of
-from .weights import load_weights
+from .weights import load_weights, unreadable
 
 # %% ../../nbs/lib/models/10_compose.ipynb #1885ae6b
 def word_tokenizer(
@@ -312,6 +312,34 @@ def fill_padding_token(
         )
     print(f"the tokenizer has no padding token: {tokenizer.pad_token!r} is taken, and never learnt")
 
+# %% ../../nbs/lib/models/10_compose.ipynb #93c5ae12
+def require_vocabulary(
+    tokenizer,  # as loaded
+    source: str | Path,  # for the message
+) -> None:
+    "Raises InputError for a tokenizer that has special tokens and no others."
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if set(tokenizer.get_vocab()) <= special:
+        raise InputError(
+            f"the tokenizer of {source} knows {len(tokenizer)} tokens, all of them special",
+            "a vocabulary, in tokenizer.json or tokenizer.model",
+            "download or save the tokenizer again",
+        )
+
+# %% ../../nbs/lib/models/10_compose.ipynb #e07f6b3d
+def load_tokenizer(
+    source: str | Path,  # a language model: a folder, or a hub id
+):
+    "Its tokenizer. Raises InputError if there is none, or if its files are damaged."
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = from_source(AutoTokenizer, source)
+    except Exception as error:  # damaged files end in errors of many kinds
+        raise unreadable(source, error, "tokenizer of") from error
+    require_vocabulary(tokenizer, source)
+    return tokenizer
+
 # %% ../../nbs/lib/models/10_compose.ipynb #b0c4c7b4
 def composed_model(
     vision_tower: str,  # a folder, or a hub id such as openai/clip-vit-large-patch14-336
@@ -323,7 +351,7 @@ def composed_model(
 ):
     """(model, processor): a LlavaForConditionalGeneration of published parts, with a fresh projector.
     Raises InputError if a part is missing, or has not all of its weights."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
 
     for name, source in (("vision_tower", vision_tower), ("language_model", language_model)):
         found = source and (is_hub_id(source) or (Path(source).expanduser() / "config.json").is_file())
@@ -332,7 +360,7 @@ def composed_model(
     tower = load_weights(AutoModel, vision_tower, ("pooler",), unknown=True, dtype=dtype)
     if "vision_config" in from_source(AutoConfig, vision_tower).to_dict():  # a dual encoder
         tower = tower.vision_model
-    tokenizer = from_source(AutoTokenizer, language_model)
+    tokenizer = load_tokenizer(language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.image_token = "<image>"
     fill_padding_token(tokenizer)

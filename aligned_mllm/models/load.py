@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core import InputError, from_source, is_hub_id, load_json, save_json, split_revision
 from ..data.views import known_layout
 from .adapters import adapter_base, with_adapter
-from .compose import fill_padding_token
+from .compose import fill_padding_token, require_vocabulary
 from .residual import restore_residual
 from .weights import fault_in, load_weights, unreadable
 
@@ -92,7 +92,7 @@ def load_processor(
     from transformers import AutoProcessor
 
     try:
-        return from_source(AutoProcessor, source)
+        processor = from_source(AutoProcessor, source)
     except Exception as error:  # damaged files end in errors of many kinds
         reason = fault_in(source, error)
         if "cannot be read" in reason or not isinstance(error, (ImportError, AttributeError)):
@@ -102,6 +102,8 @@ def load_processor(
         raise InputError(
             f"no processor from {source}: {reason}", "the processor saved with the model", remedy
         ) from error
+    require_vocabulary(processor.tokenizer, source)
+    return processor
 
 # %% ../../nbs/lib/models/15_load.ipynb #c62e8d13
 def fitted_processor(

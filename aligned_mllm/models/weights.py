@@ -28,6 +28,10 @@ def read_file(
         from tokenizers import Tokenizer
 
         Tokenizer.from_file(str(path))
+    if path.name == "tokenizer.model" and not path.with_suffix(".json").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        SentencePieceProcessor(model_file=str(path))
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as weights:
             weights.keys()
