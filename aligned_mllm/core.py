@@ -300,7 +300,7 @@ def environment() -> dict:
         return answer.stdout.strip() if answer.returncode == 0 else ""
 
     top = git("rev-parse", "--show-toplevel")
-    commit = "unknown"  # of a copy that is no clone, also if it lies inside another repository
+    commit = "unknown"  # a copy without its own repository, perhaps inside another one
     if top and Path(top).resolve() == folder:
         commit = git("rev-parse", "HEAD")
         commit += "+" if git("status", "--porcelain", "--untracked-files=no") else ""
