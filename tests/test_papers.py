@@ -326,6 +326,7 @@ def test_rehearsal(row, tmp_path, no_network):
         "lora_rank",
         "lora_alpha",
         "global_batch_size",
+        "save_steps",
         "compile_layers",
     }
     plain = {key for key in same if "." not in key}

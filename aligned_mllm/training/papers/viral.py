@@ -36,6 +36,8 @@ STAGE1 = {
     "max_length": 2048,
     "pad_to_square": False,
     "gradient_checkpointing": True,
+    "save_steps": 500,
+    "save_total_limit": 2,
     **FAST,
 }
 
@@ -97,6 +99,11 @@ SHARED_SOURCES = {
     "lora_alpha": "script of stage 2",
     "lora_dropout": "LLaVA's default, which the script of stage 2 leaves",
     "gradient_checkpointing": "scripts of both stages",
+    "save_steps": (
+        "ours: a stopped run loses at most 500 steps; the scripts save every 24,000 steps of stage 1, which "
+        "is never, and every 1,000 of stage 2"
+    ),
+    "save_total_limit": "ours: the newest two; the scripts keep 1 in stage 1 and 10 in stage 2",
     "seed": "not disclosed; ours: transformers' default, and several by --seeds where an interval is wanted",
     "viral.weight": "paper, App. A, and released config.json: lambda = 0.5; no sweep is published",
     "viral.layers": (
