@@ -37,7 +37,9 @@ class AlignConfig(TrainingArguments):
     data: str = setting("", "the data folder; record files and image paths are below it. Or one record file")
     images: str = setting("", "the folder that image paths are below, if it is another one")
     model: str = setting(
-        "", "'composed' (of vision_tower and language_model), 'embedded', a model folder, or a hub id"
+        "",
+        "'composed' (of vision_tower and language_model), 'embedded', a folder of a model or of adapters, or a "
+        "hub id, NAME@REVISION for another revision than main",
     )
     parts: str = setting("", "folder with embedded parts; the repository's own by default")
     words_from: list[str] = setting(
