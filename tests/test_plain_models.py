@@ -289,3 +289,14 @@ def test_a_model_without_data_is_shown_uploads_only(models, tmp_path):
     assert "start with --data" in app.work.message.value
     with pytest.raises(InputError, match="neither a finished run nor a model"):
         Session(tmp_path, [tmp_path])
+
+
+def test_an_image_in_several_views_shows_its_first(session):
+    app = Ask(session)
+    app.work.thread.join()
+    app.first.value = "smolvlm"
+    app.work.thread.join()
+    app.button.click()
+    app.work.thread.join()
+    overlay = app.pair.panels[0].overlay
+    assert overlay.part.index == 0 and len(overlay.part.options) == len(overlay.answer.views) > 1

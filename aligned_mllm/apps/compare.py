@@ -305,4 +305,4 @@ class Compare(widgets.VBox):
         self.colours.children = tuple(figures)
         for widget in old:
             widget.close()
-        return f"“{row.question}”: right is {row.expected}. Click tokens and patches; sliders move both."
+        return f"“{row.question}”: right is “{row.expected}”. Click tokens and patches; sliders move both."

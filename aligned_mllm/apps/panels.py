@@ -139,6 +139,7 @@ class Overlay(widgets.VBox):
         self.patch = None
         count = len(answer.views) if answer else 0
         self.part.options = [(f"{index + 1} of {count}", index) for index in range(count)]
+        self.part.index = 0 if count else None
         self.part.layout.display = "" if count > 1 else "none"
         self.answer = answer
         self.draw()

@@ -59,7 +59,7 @@ def session_variables(
     data: str = "",  # records to ask them, a file or a folder
     images: str = "",  # folder of the images
 ) -> dict[str, str]:
-    """What `Session` reads: ALIGNED_MLLM_RUNS, _MODELS, _DATA and _IMAGES, without the empty ones. Raises
+    """What `Session` reads: ALIGNED_MLLM_RUNS, _MODELS, _RECORDS and _IMAGES, without the empty ones. Raises
     InputError for a folder or file that does not exist."""
     for path, kind in ((runs, "runs"), (images, "images")):
         if path and not Path(path).is_dir():
@@ -67,7 +67,7 @@ def session_variables(
     if data and not Path(data).exists():
         raise InputError(f"no file {data}", "a file of records, or a data folder", "correct --data")
     places = [each if source_kind(each) == "hub" else str(Path(each).resolve()) for each in models]
-    paths = {"RUNS": runs, "DATA": data, "IMAGES": images}
+    paths = {"RUNS": runs, "RECORDS": data, "IMAGES": images}
     found = {f"ALIGNED_MLLM_{name}": str(Path(path).resolve()) for name, path in paths.items() if path}
     return {**found, "ALIGNED_MLLM_MODELS": os.pathsep.join(places)} if places else found
 

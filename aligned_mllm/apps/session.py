@@ -178,13 +178,13 @@ class Session:
         self,
         root: str | Path | None = None,  # by default ALIGNED_MLLM_RUNS or the repository's runs/
         models: Sequence[str | Path] = (),  # model folders or hub ids; by default ALIGNED_MLLM_MODELS
-        data: str | Path | None = None,  # records to ask them, a file or folder; by default ALIGNED_MLLM_DATA
+        data: str | Path | None = None,  # records to ask them, a file or folder; by default ALIGNED_MLLM_RECORDS
         images: str | Path | None = None,  # of their images; by default ALIGNED_MLLM_IMAGES, or the file's
         kept: int = 2,
     ):
         root = root or os.environ.get("ALIGNED_MLLM_RUNS") or data_folder().parent / "runs"
         self.root = Path(root).resolve()
-        self.data = data or os.environ.get("ALIGNED_MLLM_DATA")
+        self.data = data or os.environ.get("ALIGNED_MLLM_RECORDS")
         self.images = images or os.environ.get("ALIGNED_MLLM_IMAGES")
         self.runs = find_runs(self.root)
         self.models = {}
