@@ -16,7 +16,7 @@ from PIL import Image
 from test_data_forms import ArrowTable
 from tiny_models import tiny, vision_sizes
 
-from aligned_mllm.analysis.checkpoints import load_checkpoint, source_kind
+from aligned_mllm.analysis.checkpoints import load_checkpoint, same_views, source_kind
 from aligned_mllm.apps.ask import Ask
 from aligned_mllm.apps.compare import Compare
 from aligned_mllm.apps.serve import main as serve
@@ -291,7 +291,7 @@ def test_a_model_without_data_is_shown_uploads_only(models, tmp_path):
         Session(tmp_path, [tmp_path])
 
 
-def test_an_image_in_several_views_shows_its_first(session):
+def test_of_an_image_in_several_views_the_whole_is_shown(session):
     app = Ask(session)
     app.work.thread.join()
     app.first.value = "smolvlm"
@@ -299,4 +299,8 @@ def test_an_image_in_several_views_shows_its_first(session):
     app.button.click()
     app.work.thread.join()
     overlay = app.pair.panels[0].overlay
-    assert overlay.part.index == 0 and len(overlay.part.options) == len(overlay.answer.views) > 1
+    assert len(overlay.part.options) == len(overlay.answer.views) > 1
+    assert overlay.view[3] == (0.0, 0.0, 1.0, 1.0) != overlay.answer.views[0][3]
+    loaded = session.checkpoint("smolvlm")
+    ((_, view, boxes),) = same_views([loaded], [app.picker.chosen.image])
+    assert view == overlay.part.index and boxes == [[0.0, 0.0, 1.0, 1.0]]

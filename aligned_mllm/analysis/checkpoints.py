@@ -143,15 +143,21 @@ def loaded_models(
 def same_views(
     models: Sequence[LoadedModel],
     images: Sequence[Image.Image],
-) -> list[tuple[list[LoadedModel], list[list[float]]]]:
+) -> list[tuple[list[LoadedModel], int, list[list[float]]]]:
     """Models in groups that can share a figure: the same patches of these images, and states of the same
-    width. With each group the box (x0, y0, x1, y1) of each image's first view."""
+    width. With each group the view to draw, the one that shows most of each image (the first, if these
+    differ), and its box (x0, y0, x1, y1) in each image."""
     together = {}
     for loaded in models:
         batches = [loaded.batch([image]) for image in images]
         grids = [batch["grids"].tolist() for batch in batches]
         boxes = [batch["boxes"].tolist() for batch in batches]
         width = loaded.model.config.get_text_config().hidden_size
-        group = together.setdefault(str((grids, boxes, width)), ([], [views[0] for views in boxes]))
-        group[0].append(loaded)
-    return list(together.values())
+        together.setdefault(str((grids, boxes, width)), (boxes, []))[1].append(loaded)
+    found = []
+    for boxes, group in together.values():
+        areas = [[(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in views] for views in boxes]
+        largest = {each.index(max(each)) for each in areas}
+        view = largest.pop() if len(largest) == 1 else 0
+        found.append((group, view, [views[view] for views in boxes]))
+    return found

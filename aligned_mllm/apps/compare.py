@@ -299,8 +299,8 @@ class Compare(widgets.VBox):
         models = [replace(self.session.checkpoint(name), name=new) for name, new in zip(self.names, short)]
         old = self.colours.children
         figures = []
-        for together, boxes in same_views(models, [picture.image]):
-            figure = pca_figure(pca_table(together, [picture.image]), [picture.image], boxes=boxes)
+        for together, view, boxes in same_views(models, [picture.image]):
+            figure = pca_figure(pca_table(together, [picture.image]), [picture.image], view, boxes)
             figures.append(figure_widget(figure.update_layout(width=920)))
         self.colours.children = tuple(figures)
         for widget in old:

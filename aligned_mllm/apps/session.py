@@ -178,7 +178,7 @@ class Session:
         self,
         root: str | Path | None = None,  # by default ALIGNED_MLLM_RUNS or the repository's runs/
         models: Sequence[str | Path] = (),  # model folders or hub ids; by default ALIGNED_MLLM_MODELS
-        data: str | Path | None = None,  # records to ask them, a file or folder; by default ALIGNED_MLLM_RECORDS
+        data: str | Path | None = None,  # records to ask them; by default ALIGNED_MLLM_RECORDS
         images: str | Path | None = None,  # of their images; by default ALIGNED_MLLM_IMAGES, or the file's
         kept: int = 2,
     ):

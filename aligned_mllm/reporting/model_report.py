@@ -183,25 +183,25 @@ PAGE_MEASURES["no_update"] = Measure(
 def colours_table(case: Case) -> pd.DataFrame:
     "Colours of the visual tokens of two images, in one basis for models that can share one."
     groups = same_views(case.models, case.pictures[:2])
-    return pd.concat([pca_table(models, case.pictures[:2]) for models, _ in groups])
+    return pd.concat([pca_table(models, case.pictures[:2]) for models, *_ in groups])
 
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #e289a504
 def colours_figures(case: Case, table: pd.DataFrame) -> list:
-    "The colours as images, in the first view that a model has of each image."
+    "The colours as images, in the view that shows most of each image."
     figures = []
-    for models, boxes in same_views(case.models, case.pictures[:2]):
+    for models, view, boxes in same_views(case.models, case.pictures[:2]):
         part = table[table.model.isin([each.name for each in models])]
-        figures.append(pca_figure(part, case.pictures[:2], boxes=boxes))
+        figures.append(pca_figure(part, case.pictures[:2], view, boxes))
     return figures
 
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #e289a5b9
 def words_figure(case: Case, table: pd.DataFrame) -> list:
-    "Words on the patches of the first image, in the first view that a model has of it."
+    "Words on the patches of the first image, in the view that shows most of it."
     figures = []
-    for models, boxes in same_views(case.models, case.pictures[:1]):
+    for models, view, boxes in same_views(case.models, case.pictures[:1]):
         part = table[table.model.isin([each.name for each in models])]
         grids = models[0].batch(case.pictures[:1])["grids"]
-        figures.append(lens_figure(part, case.pictures[0], grids, box=boxes[0]))
+        figures.append(lens_figure(part, case.pictures[0], grids, view, boxes[0]))
     return figures
 
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #40e11ea5
