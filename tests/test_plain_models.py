@@ -233,6 +233,8 @@ def test_a_run_trained_on_one_file_is_not_asked_its_training_data(models, chats,
     for file, content in (("done", {}), ("config", {"data": str(chats)})):
         save_json(content, tmp_path / "run" / f"{file}.json")
     assert source_kind(tmp_path / "run") == "run" and source_kind(models / "llava") == "model"
+    save_json({}, tmp_path / "adapter" / "adapter_config.json")
+    assert source_kind(tmp_path / "adapter") == "model"
     assert look(tmp_path / "page", tmp_path / "run") == 2 and "add --data" in capsys.readouterr().err
 
 

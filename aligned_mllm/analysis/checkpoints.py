@@ -116,6 +116,8 @@ def source_kind(
         return "run"
     if (folder / "config.json").is_file() and "model_type" in load_json(folder / "config.json"):
         return "model"
+    if (folder / "adapter_config.json").is_file():
+        return "model"
     if not folder.exists() and is_hub_id(source):
         return "hub"
     raise InputError(
