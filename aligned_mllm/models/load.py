@@ -95,10 +95,10 @@ def load_processor(
         processor = from_source(AutoProcessor, source)
     except Exception as error:  # damaged files end in errors of many kinds
         reason = fault_in(source, error)
-        if "cannot be read" in reason or not isinstance(error, (ImportError, AttributeError)):
-            remedy = "download or save it again"
-        else:  # without torchvision, a class of transformers is missing
-            remedy = "pip install torchvision num2words"
+        remedy = "download or save it again"
+        if "cannot be read" not in reason and isinstance(error, (ImportError, AttributeError)):
+            reason = "its family needs another package"  # Qwen's, InternVL's, OneVision's; SmolVLM's
+            remedy = f"pip install num2words, and the torchvision release of torch {torch.__version__}"
         raise InputError(
             f"no processor from {source}: {reason}", "the processor saved with the model", remedy
         ) from error

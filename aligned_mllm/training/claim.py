@@ -95,7 +95,8 @@ def require_same_run(
     compared = set(now) - free
     old = flat({key: value for key, value in before.items() if key in compared})
     new = flat({key: value for key, value in now.items() if key in compared})
-    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    keys = sorted({*old, *new}, key=lambda key: (key != "samples_per_step", key))
+    different = [key for key in keys if old.get(key) != new.get(key)]
     if not different:
         return
     said = []
@@ -137,6 +138,7 @@ def record_environment(
 # %% ../../nbs/lib/training/79_claim.ipynb #074838dc
 def objectives_record(
     config: AlignConfig,
+    objectives: dict,  # by label, as built
 ) -> dict[str, dict]:
     """For each objective beside the text loss: its layers and teacher, if any, its settings, and where
     embedded parts lie; for reports and figures."""
@@ -145,7 +147,7 @@ def objectives_record(
         if label != "text":
             values = vars(settings)
             found[label] = {
-                "layers": values.get("layers", []),
+                "layers": list(getattr(objectives[label], "layers", [])),
                 "teacher": values.get("teacher", ""),
                 "parts": config.parts,
                 "settings": values,
@@ -177,5 +179,5 @@ def claim_folder(
         now = {**environment(), "processes": config.world_size, "device": device}
         step = load_json(checkpoint / WHOLE)["step"] if checkpoint else None
         record_environment(output, now, step)
-        save_json(objectives_record(config), output / "objectives.json")
+        save_json(objectives_record(config, trainer.model.objectives), output / "objectives.json")
     return done

@@ -284,6 +284,8 @@ class AlignTrainer(TermTrainer):
         checkpoint = last_checkpoint(output)
         clock = next(each for each in self.callback_handler.callbacks if isinstance(each, RunFolder))
         clock.before = load_json(checkpoint / WHOLE)["seconds"] if checkpoint else 0.0
+        if checkpoint and self.is_world_process_zero():
+            print(f"resumed from {checkpoint.name}", flush=True)
         trained = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = clock.seconds
         state = self.gathered()
