@@ -42,7 +42,7 @@ class AlignConfig(TrainingArguments):
     images: str = setting("", "the folder that image paths are below, if it is another one")
     model: str = setting(
         "",
-        "'composed' (of vision_tower and language_model), 'embedded', a folder of a model or of adapters, or a "
+        "'composed' (of vision_tower and language_model), 'embedded', a folder of a model or adapter, or a "
         "hub id, NAME@REVISION for another revision than main",
     )
     parts: str = setting("", "folder with embedded parts; the repository's own by default")
