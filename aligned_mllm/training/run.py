@@ -302,6 +302,7 @@ class AlignTrainer(TermTrainer):
                 "seconds": seconds,
                 "samples_per_second": self.state.global_step * batch / seconds,
                 "resumed": checkpoint is not None,
+                "steps_left_out": len(self.left_out),
             }
             finish(self, facts, state)
         self.accelerator.wait_for_everyone()
