@@ -173,7 +173,7 @@ def save_adapter(
     folder = Path(folder)
     inner = wrapped.get_base_model()
     for config in wrapped.peft_config.values():
-        config.base_model_name_or_path = base or "base"
+        config.base_model_name_or_path = base or "./base"
     wrapped.save_pretrained(folder, save_embedding_layers=False)
     processor.save_pretrained(folder)
     changes = {name: getattr(inner.config, name, None) for name in CHANGES}
