@@ -1,5 +1,5 @@
-"""A loss, a gradient or weights that are not finite: the step changes nothing, the run stops or leaves it out,
-and no such run is ever done."""
+"""A loss, a gradient or weights that are not finite: the step changes nothing, the run stops or leaves it
+out, and no such run is ever done."""
 
 import json
 import os
@@ -76,7 +76,9 @@ class TwoTerms(nn.Module):
             label = {"nan": "viral", "inf": "text"}[self.fault]
             squares[label] = torch.where(faulty, float(self.fault), squares[label])
         total = {label: value.sum() for label, value in squares.items()}
-        if self.fault == "gradient" and faulty.any():  # the root of 0 is 0, and its slope infinite: 0 times that is a NaN
+        if (
+            self.fault == "gradient" and faulty.any()
+        ):  # the root of 0 is 0, and its slope infinite: 0 times that is a NaN
             total["text"] = total["text"] + (0 * self.first * faulty).sum().abs().sqrt()
         terms = [each.term(total[label], len(faulty)) for label, each in self.objectives.items()]
         return {"terms": terms, "logits": states}
@@ -171,7 +173,9 @@ def test_a_step_that_is_left_out_changes_nothing(tmp_path, fault, way, capsys):
     assert (losses.loss - losses.loss_text - 0.5 * losses.loss_viral).drop(3).abs().max() < 1e-3
     said = capsys.readouterr().out
     assert "step 3 is left out: " in said and "1 steps were left out" in said
-    coarse = small(tmp_path / "coarse", fault, not_finite="skip_step", logging_steps=3, save_strategy="no", **WAYS[way])
+    coarse = small(
+        tmp_path / "coarse", fault, not_finite="skip_step", logging_steps=3, save_strategy="no", **WAYS[way]
+    )
     coarse.train()
     lines = [line for line in coarse.state.log_history if "loss" in line]
     for name in losses:  # a line is the mean of the steps that were made
@@ -197,13 +201,15 @@ def test_too_many_in_a_row_stop_a_run(tmp_path):
 
 
 def test_a_stopped_run_continues_without_the_step(tmp_path):
-    "As if it had been told so from the start; and the list names the step once."
+    "The same weights as with the switch from the start; and the list names the step once."
     message(tmp_path / "run")
     resumed = small(tmp_path / "run", not_finite="skip_step")
     resumed.train(resume_from_checkpoint=True)
     whole = small(tmp_path / "whole", not_finite="skip_step")
     whole.train()
-    assert all(torch.equal(one, other) for one, other in zip(resumed.model.parameters(), whole.model.parameters()))
+    assert all(
+        torch.equal(one, other) for one, other in zip(resumed.model.parameters(), whole.model.parameters())
+    )
     rows = [read_not_finite(tmp_path / name / "not_finite.csv") for name in ("run", "whole")]
     assert rows[0] == rows[1] and len(rows[0]) == 1
 
@@ -220,7 +226,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, last):
     settings = {"save_strategy": "no"} if last == STEPS else {}
     trainer = small(tmp_path, "", not_finite="skip_step", **settings)
     trainer.add_callback(Breaks())
-    with pytest.raises(NotFinite, match=f"after step {last}: the weights first are not finite.*learning_rate"):
+    with pytest.raises(
+        NotFinite, match=f"after step {last}: the weights first are not finite.*learning_rate"
+    ):
         trainer.train()
     assert last == STEPS or last_checkpoint(tmp_path).name == "checkpoint-1"
 
@@ -260,7 +268,7 @@ def test_two_processes_decide_alike(tmp_path):
     assert one["weights"] == pytest.approx([value.item() for value in alone.model.parameters()], abs=1e-5)
 
 
-TRAP = '''
+TRAP = """
 from dataclasses import dataclass
 
 import torch
@@ -294,7 +302,7 @@ class Trap(Objective):
 
     def forward(self, states, target):
         return self.term(states[self.taps[0]].square().mean() * target["factor"], target.count)
-'''
+"""
 FEW = {
     "max_steps": 3,
     "logging_steps": 1,
@@ -317,12 +325,16 @@ def test_the_command_says_it_in_one_line(small_data, tmp_path):
     words += ["--import", str(tmp_path / "trap.py")]
     for key, value in {**FEW, "trap.sample": 6}.items():
         words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
-    with pytest.MonkeyPatch.context() as patch, open(tmp_path / "said", "w+") as said:
+    with pytest.MonkeyPatch.context() as patch, open(tmp_path / "said", "w+", encoding="utf-8") as said:
         patch.setattr("sys.stderr", said)
         assert main(words) == 2
         said.seek(0)
         lines = [line for line in said.read().splitlines() if line.startswith("aligned_mllm")]
-    assert len(lines) == 1 and "step 2: the loss trap is nan; samples " in lines[0] and "train.jsonl:7" in lines[0]
+    assert (
+        len(lines) == 1
+        and "step 2: the loss trap is nan; samples " in lines[0]
+        and "train.jsonl:7" in lines[0]
+    )
     assert not (output / "done.json").exists() and not (output / "model").exists()
     curves = pd.read_csv(output / "curves.csv")
     assert set(curves.step) == {1} and curves.value.notna().all()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'CHANGES_FILE', 'ADAPTER_README', 'position_code', 'add_position_code', 'mark_changed', 'saved_config',
-           'load_processor', 'fitted_processor', 'base_weights', 'save_adapter', 'add_changes', 'load_model']
+           'load_processor', 'fitted_processor', 'base_weights', 'save_adapter', 'changes_of', 'adapted_base',
+           'load_model']
 
 # %% ../../nbs/lib/models/15_load.ipynb #1da9a209
 from pathlib import Path
@@ -134,7 +135,7 @@ def fitted_processor(
     return processor
 
 # %% ../../nbs/lib/models/15_load.ipynb #3cb52a41
-CHANGES_FILE = "aligned_changes.json"  # in an adapter's folder: what was added to its base model
+CHANGES_FILE = "aligned_changes.json"  # in an adapter's folder: additions to its base model, and its type
 
 # %% ../../nbs/lib/models/15_load.ipynb #3cb52a45
 ADAPTER_README = """---
@@ -177,6 +178,7 @@ def save_adapter(
     wrapped.save_pretrained(folder, save_embedding_layers=False)
     processor.save_pretrained(folder)
     changes = {name: getattr(inner.config, name, None) for name in CHANGES}
+    changes["base_type"] = str(inner.dtype).removeprefix("torch.")
     save_json({name: value for name, value in changes.items() if value is not None}, folder / CHANGES_FILE)
     (folder / "README.md").write_text(ADAPTER_README.format(base=base or "in `base/`"), encoding="utf-8")
     if not base:
@@ -185,22 +187,34 @@ def save_adapter(
         mark_changed(folder / "base")
 
 # %% ../../nbs/lib/models/15_load.ipynb #3cb52a44
-def add_changes(
-    model: nn.Module,  # the base model of an adapter, as loaded
-    source: str | Path,  # the adapter's folder or hub id
-) -> None:
-    "Add the position code and the residual that an adapter was trained with, where its base model has none."
+def changes_of(
+    source: str | Path,  # an adapter's folder or hub id
+) -> dict:
+    "What `save_adapter` has noted of its base model; nothing for an adapter that was saved otherwise."
     from transformers.utils import cached_file
 
     name, revision = split_revision(source)
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(name, CHANGES_FILE, **revision, **quiet)
-    changes = load_json(path) if path else {}
-    missing = {key: value for key, value in changes.items() if getattr(model.config, key, None) is None}
+    return load_json(path) if path else {}
+
+# %% ../../nbs/lib/models/15_load.ipynb #3cb52a48
+def adapted_base(
+    base: str,  # a folder or hub id
+    changes: dict,  # from `changes_of` its adapter
+    dtype: torch.dtype,  # of its weights
+) -> tuple:
+    """(model, processor) that an adapter is put onto: its weights rounded as they were in training, its
+    position code and its residual added if it has none."""
+    model, processor = load_model(base, getattr(torch, changes.get("base_type", ""), dtype))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    missing = {name for name in CHANGES if name in changes and getattr(model.config, name, None) is None}
     if "aligned_position_code" in missing:
-        add_position_code(model, missing["aligned_position_code"])
+        add_position_code(model, changes["aligned_position_code"])
     if "aligned_residual" in missing:
-        add_residual(model, **missing["aligned_residual"])
+        add_residual(model, **changes["aligned_residual"])
+    return model, processor
 
 # %% ../../nbs/lib/models/15_load.ipynb #3cb52a3e
 def load_model(
@@ -213,8 +227,7 @@ def load_model(
 
     base = adapter_base(source)
     if base:
-        model, processor = load_model(base, dtype)
-        add_changes(model, source)
+        model, processor = adapted_base(base, changes_of(source), dtype)
         if (Path(source).expanduser() / "processor_config.json").is_file():
             processor = fitted_processor(load_processor(source), model)
         return with_adapter(model, source).eval(), processor

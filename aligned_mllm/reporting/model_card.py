@@ -70,11 +70,12 @@ def export_sentences(
         return ""
     export = done["export"]
     return (
-        f"Its adapters are merged in float32 and rounded once to the type of the base model: the saved update "
-        f"differs from the trained one by {100 * export['update_error']:.2g} % (relative norm over the adapted "
-        f"weights), the logits of the first training sample by at most {export['logits_difference']:.2g}, at a "
-        f"standard deviation of {export['logits_deviation']:.2g}. The run folder keeps the adapters in "
-        "`adapter/`, not rounded; `aligned_mllm.load_model` loads them onto their base model."
+        "Its adapters are merged in float32 and rounded once to the type of the base model: the saved update "
+        f"differs from the trained one by {100 * export['update_error']:.2g} % (relative norm over the "
+        "adapted weights), the logits of the first training sample by at most "
+        f"{export['logits_difference']:.2g}, at a standard deviation of {export['logits_deviation']:.2g}. "
+        "The run folder keeps the adapters in `adapter/`, not rounded; `aligned_mllm.load_model` loads them "
+        "onto their base model."
     )
 
 # %% ../../nbs/lib/reporting/40_model_card.ipynb #f0a1d014

@@ -137,8 +137,7 @@ def first_logits(
     device = next(student.parameters()).device
     batch = model_inputs(trainer.data_collator([trainer.train_dataset[0]]))
     batch = {name: value.to(device) for name, value in batch.items()}
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = types.get(trainer.accelerator.mixed_precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         return student.eval()(**batch).logits[0].float().cpu()
 
@@ -149,18 +148,17 @@ def merged_student(
 ) -> tuple[nn.Module, dict[str, float]]:
     """(the student with its adapters merged, how far it is from the trained one); the adapters are saved in
     OUTPUT/adapter first."""
-    name = trainer.args.model
-    inner = unwrapped(student)
-    base = "" if name in STUDENTS or not inner.name_or_path else name
-    base = str(Path(base).expanduser().resolve()) if base and not is_hub_id(base) else base
+    named = unwrapped(student).name_or_path and trainer.args.model not in STUDENTS
+    base = trainer.args.model if named else ""
+    base = str(Path(base).expanduser().resolve()) if named and not is_hub_id(base) else base
     with whole_folder(Path(trainer.args.output_dir) / "adapter", "adapter_config.json") as folder:
         save_adapter(student, trainer.processing_class, folder, base)
     trained = first_logits(trainer, student)
     merged, error = merged_adapters(student)
-    difference = (first_logits(trainer, merged) - trained).abs().max().item()
+    difference = (first_logits(trainer, merged) - trained).abs()
     return merged, {
         "update_error": round(error, 6),  # relative norm, over the adapted weights
-        "logits_difference": round(difference, 6),  # largest, on the first training sample
+        "logits_difference": round(difference.max().item(), 6),  # largest, on the first training sample
         "logits_deviation": round(trained.std().item(), 6),
     }
 
