@@ -162,7 +162,8 @@ def test_the_run_stops_at_the_step(tmp_path, fault, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fault", SAID)
 def test_a_step_that_is_left_out_changes_nothing(tmp_path, fault, way, capsys):
-    trainer = small(tmp_path, fault, not_finite="skip_step", **WAYS[way])
+    settings = {"not_finite": "skip_step", "save_strategy": "no", **WAYS[way]}
+    trainer = small(tmp_path, fault, **settings)
     trainer.train()
     (watch,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, Watch)]
     pairs = list(zip(watch.after, watch.after[1:]))
@@ -173,9 +174,9 @@ def test_a_step_that_is_left_out_changes_nothing(tmp_path, fault, way, capsys):
     assert (losses.loss - losses.loss_text - 0.5 * losses.loss_viral).drop(3).abs().max() < 1e-3
     said = capsys.readouterr().out
     assert "step 3 is left out: " in said and "1 steps were left out" in said
-    coarse = small(
-        tmp_path / "coarse", fault, not_finite="skip_step", logging_steps=3, save_strategy="no", **WAYS[way]
-    )
+    if fault != "nan":
+        return
+    coarse = small(tmp_path / "coarse", fault, logging_steps=3, **settings)
     coarse.train()
     lines = [line for line in coarse.state.log_history if "loss" in line]
     for name in losses:  # a line is the mean of the steps that were made
