@@ -52,7 +52,8 @@ def prepare_student(
         )
     if residual and getattr(model.config, "aligned_residual", None) is None:
         add_residual(model, config.residual_layer, config.residual)
-    model = model.to(WEIGHTS[config.weights])
+    for parameter in model.parameters():  # buffers stay: rotary frequencies must not be rounded
+        parameter.data = parameter.data.to(WEIGHTS[config.weights])
     if hasattr(model, "peft_config"):
         if config.lora_rank:
             raise InputError("lora_rank for a model with adapters", "one of the two", "leave out lora_rank")

@@ -44,7 +44,10 @@ def start_of(
 
 # %% ../../nbs/lib/training/79_claim.ipynb #383cee4b
 # settings that are places, not choices: a resumed run may change them
-MAY_DIFFER = {"output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"}
+MAY_DIFFER = {
+    *("output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"),
+    *("not_finite", "not_finite_in_a_row", "logging_nan_inf_filter"),  # a run that stopped there may continue
+}
 
 # %% ../../nbs/lib/training/79_claim.ipynb #731d8da8
 def identity_of(
