@@ -43,8 +43,9 @@ def start_of(
     return weights_digest(config.model) or config.model
 
 # %% ../../nbs/lib/training/79_claim.ipynb #383cee4b
-# settings that are places, not choices: a resumed run may change them
+# settings that are places, not choices, or about faults (`training.checked`): a resumed run may change them
 MAY_DIFFER = {"output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"}
+MAY_DIFFER |= {"broken_records", "too_long", "check_samples", "follow_links"}
 
 # %% ../../nbs/lib/training/79_claim.ipynb #731d8da8
 def identity_of(

@@ -33,6 +33,7 @@ from ..models.load import mark_changed
 from ..models.trainable import parameter_audit
 from ..objectives.base import labelled
 from .build import context_of, objectives_of, require_compiler, student_of
+from .checked import checked_findings, prepare_samples, refuse_findings
 from aligned_mllm.training.checkpoint import (
     OBJECTIVES_FILE,
     export_objectives,
@@ -49,6 +50,7 @@ from aligned_mllm.training.run_folder import (
     RunFolder,
     checkpoints_of,
     last_checkpoint,
+    merged_left_out,
     remove_checkpoint,
     remove_leftovers,
     save_left_out,
@@ -104,6 +106,8 @@ def report_parameters(
     save_json(audit.T.to_dict(), output / "parameters.json")
     records = trainer.train_dataset.records
     left_out = records.left_out
+    if last_checkpoint(output):  # samples of an earlier part of the run
+        left_out = merged_left_out(output / "left_out.csv", left_out)
     save_left_out(left_out, output / "left_out.csv")
     save_repairs(records.repairs, output / "repairs.csv")
     for name, count, first in records.repairs.rows():
@@ -212,21 +216,24 @@ class AlignTrainer(TermTrainer):
         if config.compile_layers:
             require_compiler()
         images = config.images or None
-        records = open_records(train_dataset, images, config.broken_records, config.repair_records)
+        common = {"repair": config.repair_records, "follow_links": config.follow_links}
+        records = open_records(train_dataset, images, config.broken_records, check_images=False, **common)
         given = None if isinstance(model, str) else model
         student, processor = student_of(config, given, processing_class)
         terms = objectives_of(config, context_of(config, student, processor, records))
         pixels = {objective.label: objective.view_pixels() for objective in terms}
+        if eval_dataset is not None:
+            eval_dataset = open_records(eval_dataset, images, **common)
         common = {"with_images": config.with_images, "max_length": config.max_length or None}
         if eval_dataset is not None:
-            questions = open_records(eval_dataset, images, repair=config.repair_records)
-            eval_dataset = Samples(questions, processor, **common)
+            eval_dataset = Samples(eval_dataset, processor, **common)
         samples = Samples(
             records,
             processor,
             view_pixels={label: made for label, made in pixels.items() if made is not None},
             first_records=config.first_records,
             too_long=config.too_long,
+            broken=config.broken_records,
             **common,
         )
         require_space(Path(config.output_dir), bytes_to_save(config, student, len(samples)))
@@ -241,6 +248,7 @@ class AlignTrainer(TermTrainer):
             **keywords,
         )
         self.recipe = recipe
+        self.checked = False  # whether all samples were checked
         if config.supervised_logits and not takes_positions(student) and self.is_world_process_zero():
             kind = type(student).__name__
             print(f"{kind} takes no logits_to_keep: logits are made at all positions", flush=True)
@@ -268,7 +276,22 @@ class AlignTrainer(TermTrainer):
             if main:
                 remove_leftovers(output)
             self.accelerator.wait_for_everyone()
+            self.check_data(output)
             return self.train_and_finish(output)
+
+    def check_data(
+        self,
+        output: Path,  # the run folder, claimed
+    ) -> None:
+        "Check all samples, once for this object. Raises InputError unless faulty ones are left out."
+        if self.checked:
+            return
+        if self.eval_dataset is not None:
+            findings = checked_findings(self.eval_dataset, self.args, output / "checked_evaluation.npz")
+            faults = [each for each in findings if each.kind in ("broken", "too_long")]
+            refuse_findings(faults, len(self.eval_dataset))
+        prepare_samples(self.train_dataset, self.args, last_checkpoint(output) is not None)
+        self.checked = True
 
     def train_and_finish(
         self,
@@ -319,10 +342,11 @@ def trainer_of(
     folder = path.parent if path.is_file() else path
     images = config.images or folder
     source = path if path.is_file() else folder / config.records
-    records = open_records(source, images, config.broken_records, config.repair_records)
+    common = {"repair": config.repair_records, "follow_links": config.follow_links}
+    records = open_records(source, images, config.broken_records, check_images=False, **common)
     questions = None
     if config.evaluation_records:
-        questions = open_records(folder / config.evaluation_records, images, repair=config.repair_records)
+        questions = open_records(folder / config.evaluation_records, images, **common)
     return AlignTrainer(config.model, config, records, eval_dataset=questions, recipe=recipe)
 
 # %% ../../nbs/lib/training/80_run.ipynb #80b259df
