@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import tiny
+from torch.utils.data import DataLoader
 
 from aligned_mllm.core import InputError, data_folder, load_json, path_inside
 from aligned_mllm.data.check import Check, check_samples
-from aligned_mllm.data.collate import Samples
+from aligned_mllm.data.collate import Collator, Samples
 from aligned_mllm.data.encode import IGNORED, control_tokens, encode, require_shape
 from aligned_mllm.data.open import open_records
 from aligned_mllm.data.record import IMAGE, BrokenSample, Record, Turn
@@ -22,6 +23,7 @@ from aligned_mllm.data.records import Records, record_to_json
 from aligned_mllm.training.checked import prepare_samples
 from aligned_mllm.training.config import configured
 from aligned_mllm.training.run import run
+from aligned_mllm.training.trainer import Filled, ResumableTrainer
 from aligned_mllm.worlds.small_models import embedded_model
 
 FAMILIES = ("llava", "llava_padded", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3")
@@ -107,7 +109,8 @@ def test_a_shape_of_which_no_tile_shows_a_patch_is_found():
     records = open_records(rows)
     _, findings = check_samples(Samples(records, processor), range(2))
     assert [each.kind for each in findings] == ["broken"] and "too narrow for a patch" in findings[0].reason
-    assert findings[0].id in message(encode, records[findings[0].index], [pictures[findings[0].id]], processor)
+    first = findings[0]
+    assert first.id in message(encode, records[first.index], [pictures[first.id]], processor)
 
 
 @pytest.fixture()
@@ -261,6 +264,15 @@ def test_pictures_inside_tables_are_checked(data):
     assert [(each.index, each.where, each.kind) for each in findings] == [(2, "row 2", "broken")]
 
 
+def test_an_error_of_a_worker_process_keeps_its_type_and_its_line(data):
+    truncate_picture(data)
+    filled = Filled(Samples(Records(data / "train.jsonl"), embedded()), Collator(0))
+    trainer = ResumableTrainer.__new__(ResumableTrainer)
+    loader = DataLoader(filled, 2, num_workers=1, collate_fn=filled.collate)
+    with pytest.raises(BrokenSample, match="train.jsonl:4, id 'id3': image 'images/3.png'"):
+        trainer.get_batch_samples(iter(loader), 5, "cpu")
+
+
 STEPS = {"max_steps": 6, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2}
 STEPS |= {"evaluation_records": "", "disable_tqdm": True, "use_cpu": True}
 STEPS |= {"train_sampling_strategy": "sequential"}
@@ -276,12 +288,13 @@ def test_a_run_that_stopped_at_a_bad_picture_is_resumed(data, tmp_path):
     place = f"{data / 'train.jsonl'}:8, id 'id3': image 'images/3.png'"
     assert place in message(run, "scenes_plain", data, tmp_path / "early", STEPS)
     assert not (tmp_path / "early" / "progress.json").exists()
-    assert place in message(run, "scenes_plain", data, tmp_path / "a", {**STEPS, "check_samples": False})
+    unchecked = {**STEPS, "check_samples": False}
+    assert place in message(run, "scenes_plain", data, tmp_path / "a", unchecked)
     assert (tmp_path / "a" / "checkpoint-2" / "whole.json").is_file()
     for name in "bc":
         shutil.copytree(tmp_path / "a", tmp_path / name)
     curves = {}
-    run("scenes_plain", data, tmp_path / "a", {**STEPS, "broken_records": "leave_out"})
+    run("scenes_plain", data, tmp_path / "a", {**unchecked, "broken_records": "leave_out"})
     remove_picture(data)
     run("scenes_plain", data, tmp_path / "b", {**STEPS, "broken_records": "leave_out"})
     (data / "images" / "3.png").write_bytes(good)

@@ -95,12 +95,27 @@ class Filled(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int | None):
-        return None if index is None else self.samples[index]
+        try:
+            return None if index is None else self.samples[index]
+        except InputError as error:  # which would lose its type on the way out of a worker process
+            return error
 
     def collate(self, items: list) -> dict:
         "A batch of the samples among the items; if there are none, the first sample of all with no target."
+        for item in items:
+            if isinstance(item, InputError):
+                return {"error": item}
         samples = [item for item in items if item is not None]
         return self.collator(samples) if samples else {**self.collator([self.samples[0]]), "targets": {}}
+
+# %% ../../nbs/lib/training/78_trainer.ipynb #5d00ebde
+def _without_error(
+    batch: dict,  # from `Filled.collate`
+) -> dict:
+    "The batch; raises the InputError of a sample in it."
+    if isinstance(batch, dict) and "error" in batch:
+        raise batch["error"]
+    return batch
 
 # %% ../../nbs/lib/training/78_trainer.ipynb #abf5dc4f
 def check_order(
@@ -169,6 +184,9 @@ class ResumableTrainer(Trainer):
             return self._get_dataloader(samples, "Training", batch, lambda _: self.order, is_training=True)
         finally:
             self.data_collator = samples.collator
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(map(_without_error, epoch_iterator), num_batches, device)
 
     def _run_epoch(self, epoch, **keywords):
         if self.state.global_step >= self.state.max_steps:  # stopped after its last step
