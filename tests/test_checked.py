@@ -268,6 +268,7 @@ def test_an_error_of_a_worker_process_keeps_its_type_and_its_line(data):
     truncate_picture(data)
     filled = Filled(Samples(Records(data / "train.jsonl"), embedded()), Collator(0))
     trainer = ResumableTrainer.__new__(ResumableTrainer)
+    trainer.is_in_train = False
     loader = DataLoader(filled, 2, num_workers=1, collate_fn=filled.collate)
     with pytest.raises(BrokenSample, match="train.jsonl:4, id 'id3': image 'images/3.png'"):
         trainer.get_batch_samples(iter(loader), 5, "cpu")

@@ -43,9 +43,12 @@ def start_of(
     return weights_digest(config.model) or config.model
 
 # %% ../../nbs/lib/training/79_claim.ipynb #383cee4b
-# settings that are places, not choices, or about faults (`training.checked`): a resumed run may change them
-MAY_DIFFER = {"output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"}
-MAY_DIFFER |= {"broken_records", "too_long", "check_samples", "follow_links"}
+# settings that are places, not choices, or about faults: a resumed run may change them
+MAY_DIFFER = {
+    *("output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"),
+    *("not_finite", "not_finite_in_a_row", "logging_nan_inf_filter"),  # a run that stopped there may continue
+    *("broken_records", "too_long", "check_samples", "follow_links"),  # see training.checked
+}
 
 # %% ../../nbs/lib/training/79_claim.ipynb #731d8da8
 def identity_of(
@@ -96,7 +99,8 @@ def require_same_run(
     compared = set(now) - free
     old = flat({key: value for key, value in before.items() if key in compared})
     new = flat({key: value for key, value in now.items() if key in compared})
-    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    keys = sorted({*old, *new}, key=lambda key: (key != "samples_per_step", key))
+    different = [key for key in keys if old.get(key) != new.get(key)]
     if not different:
         return
     said = []
@@ -138,6 +142,7 @@ def record_environment(
 # %% ../../nbs/lib/training/79_claim.ipynb #074838dc
 def objectives_record(
     config: AlignConfig,
+    objectives: dict,  # by label, as built
 ) -> dict[str, dict]:
     """For each objective beside the text loss: its layers and teacher, if any, its settings, and where
     embedded parts lie; for reports and figures."""
@@ -146,7 +151,7 @@ def objectives_record(
         if label != "text":
             values = vars(settings)
             found[label] = {
-                "layers": values.get("layers", []),
+                "layers": list(getattr(objectives[label], "layers", [])),
                 "teacher": values.get("teacher", ""),
                 "parts": config.parts,
                 "settings": values,
@@ -178,5 +183,5 @@ def claim_folder(
         now = {**environment(), "processes": config.world_size, "device": device}
         step = load_json(checkpoint / WHOLE)["step"] if checkpoint else None
         record_environment(output, now, step)
-        save_json(objectives_record(config), output / "objectives.json")
+        save_json(objectives_record(config, trainer.model.objectives), output / "objectives.json")
     return done
