@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from ..core import save_json, whole_file
 from ..data.record import LeftOut, Repairs
+from .build import STUDENTS
 from .config import AlignConfig
 from .estimate import steps_of
 
