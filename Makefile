@@ -32,7 +32,7 @@ gpu: .venv/ready  ## what alignment costs a step at the shapes of LLaVA-1.5-7B, 
 lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARGS="--port 9999 --allow-root", ...)
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(ARGS)
 
-app: .venv/ready  ## ask a checkpoint, compare two runs: widgets in a browser window, on this machine only (ARGS="--port 9999 --runs folder")
+app: .venv/ready  ## ask a checkpoint, compare two runs: widgets in a browser window, on this machine only (ARGS="--port 9999 --runs folder --model MODEL --data FILE")
 	$(BIN)/python -m aligned_mllm.apps.serve $(ARGS)
 
 docs: .venv/ready  ## build the documentation: _docs/index.html

@@ -60,6 +60,30 @@ def _add_experiment_options(
         help="change a setting of every stage-2 run",
     )
 
+# %% ../nbs/lib/30_cli.ipynb #92f71891
+def _add_inside_options(
+    look: argparse.ArgumentParser,  # of the command inside
+) -> None:
+    "Add the options of the page about models to a parser."
+    look.add_argument(
+        "models", nargs="+", help="finished run folders, model folders or hub ids; the baseline first"
+    )
+    look.add_argument("--output", default="", help="folder of the page (default: inside_NAME_NAME)")
+    look.add_argument("--data", default="", help="file of records, or data folder (default: the first run's)")
+    look.add_argument("--images", default="", help="folder of the images (default: that of the data)")
+    look.add_argument("--records", default="", help="file below a data folder (default: its test part)")
+    look.add_argument("--questions", type=int, default=300, help="how many questions")
+    look.add_argument("--pictures", type=int, default=60, help="how many different images, at least 5")
+    look.add_argument("--measures", default="", help="names, comma separated; all by default")
+    look.add_argument(
+        "--teacher",
+        action="append",
+        default=[],
+        metavar="TEACHER",
+        help="compare with this vision model, too: a folder, a hub id or an embedded one; repeatable",
+    )
+    look.add_argument("--batch-size", type=int, default=0, help="questions at a time; fewer need less memory")
+
 # %% ../nbs/lib/30_cli.ipynb #71f92277
 def command_line() -> argparse.ArgumentParser:
     "All commands and options."
@@ -73,18 +97,8 @@ def command_line() -> argparse.ArgumentParser:
     job = commands.add_parser("experiment", help="the main job: train the arms, score, measure, report")
     _add_experiment_options(job)
     commands.add_parser("report", help="draw the report of an experiment again").add_argument("folder")
-    look = commands.add_parser(
-        "inside", help="the measures of one to three run folders side by side, on one page"
-    )
-    look.add_argument("runs", nargs="+", help="one to three finished run folders, the baseline first")
-    look.add_argument(
-        "--output", default="", help="folder of the page (default: inside_NAME_NAME beside the first run)"
-    )
-    look.add_argument("--data", default="", help="data folder (default: the first run's)")
-    look.add_argument("--records", default="test.jsonl", help="what to ask, below the data folder")
-    look.add_argument("--questions", type=int, default=300, help="how many questions")
-    look.add_argument("--pictures", type=int, default=60, help="how many different images, at least 5")
-    look.add_argument("--measures", default="", help="names, comma separated; all by default")
+    look = commands.add_parser("inside", help="the measures of one to three models, on one page")
+    _add_inside_options(look)
     card = commands.add_parser("card", help="write the model card of a run, and upload the model if asked to")
     card.add_argument("run", help="a finished run folder")
     card.add_argument("--beside", nargs="+", default=[], help="scored runs: the baseline, the control")
@@ -184,14 +198,18 @@ def _run_check(options: argparse.Namespace) -> int:
 
 # %% ../nbs/lib/30_cli.ipynb #c213492f
 def _run_inside(options: argparse.Namespace) -> None:
-    "Measure runs and write one page."
+    "Measure models and write one page."
     from aligned_mllm.reporting.model_report import inside
 
     stop_on_signals()
-    chosen = {name: getattr(options, name) for name in ("data", "records", "questions", "pictures")}
-    names = "_".join(Path(run).name for run in options.runs)
-    place = Path(options.output or Path(options.runs[0]).parent / f"inside_{names}")
-    print(inside(options.runs, place, [name for name in options.measures.split(",") if name], **chosen))
+    names = ("data", "images", "records", "questions", "pictures", "batch_size")
+    chosen = {name: getattr(options, name) for name in names}
+    first = Path(options.models[0])
+    beside = first.parent if (first / "done.json").is_file() else Path()
+    name = "_".join(Path(model).name for model in options.models)
+    place = Path(options.output or beside / f"inside_{name}")
+    measures = [name for name in options.measures.split(",") if name]
+    print(inside(options.models, place, measures, teachers=options.teacher, **chosen))
 
 # %% ../nbs/lib/30_cli.ipynb #7d1e8a52
 def _run_card(options: argparse.Namespace) -> None:

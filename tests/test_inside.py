@@ -9,7 +9,8 @@ import pytest
 from aligned_mllm.cli import main
 from aligned_mllm.core import data_folder, save_json
 from aligned_mllm.evals.task import is_right
-from aligned_mllm.reporting.model_report import inside, reference_teachers
+from aligned_mllm.reporting.case import reference_teachers
+from aligned_mllm.reporting.model_report import inside
 from aligned_mllm.worlds.small_models import embedded_model
 
 

@@ -57,6 +57,7 @@ class TokenStreamer:
         if not self.prompt:
             index = int(ids.reshape(-1)[0])
             text = self.tokenizer.decode([index]).strip() or self.tokenizer.convert_ids_to_tokens(index)
+            text = text or f"<{index}>"  # a spare row of the vocabulary
             self.on_token(Token(index, text, float(self.steps.popleft()[index])))
         self.prompt = False
 
@@ -96,7 +97,7 @@ def ask(
     picture: Picture,
     question: str,
     on_token: Callable[[Token], None] = lambda token: None,  # called at once with every token
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 64,
 ) -> Answer:
     """The greedy answer to a question about an image. Raises InputError for an empty question, or an
     image that the processor cannot take."""

@@ -20,25 +20,27 @@ from ..core import InputError
 # %% ../../nbs/lib/apps/30_ask.ipynb #af4d8e3f
 _SOURCES = [
     ("a freshly drawn scene", "scene"),
-    ("a record of the run's data", "run"),
+    ("a record of the data", "run"),
     ("an upload", "upload"),
 ]
 
 # %% ../../nbs/lib/apps/30_ask.ipynb #bc95522b
 class Picker(widgets.VBox):
-    "Chooses an image (a drawn scene, a record of a run's data, or an upload) and shows it."
+    "Chooses an image (a drawn scene, a record of the data, or an upload) and shows it."
 
     def __init__(
         self,
         session: Session,
-        run: Callable[[], str],  # the name of the run whose data is used
+        run: Callable[[], str],  # the name of the checkpoint whose data is used
         on_change: Callable[[], None],  # called when another image is chosen
     ):
         self.session = session
         self.run = run
         self.key = None
         self.chosen = None
-        self.source = widgets.Dropdown(options=_SOURCES, description="picture", layout={"width": "280px"})
+        first = "run" if session.models and session.data else "scene"
+        options = {"options": _SOURCES, "value": first, "description": "picture"}
+        self.source = widgets.Dropdown(**options, layout={"width": "280px"})
         self.number = widgets.BoundedIntText(1, 1, 10**6, description="number", layout={"width": "180px"})
         layout = {"display": "none", "width": "180px"}
         self.file = widgets.FileUpload(accept="image/*", multiple=False, layout=layout)

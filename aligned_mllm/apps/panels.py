@@ -139,6 +139,9 @@ class Overlay(widgets.VBox):
         self.patch = None
         count = len(answer.views) if answer else 0
         self.part.options = [(f"{index + 1} of {count}", index) for index in range(count)]
+        if answer:  # the view that shows most of the image
+            areas = [(x1 - x0) * (y1 - y0) for *_, (x0, y0, x1, y1) in answer.views]
+            self.part.index = areas.index(max(areas))
         self.part.layout.display = "" if count > 1 else "none"
         self.answer = answer
         self.draw()

@@ -10,17 +10,18 @@ __all__ = ['EMBEDDED', 'KnownQuestion', 'Picture', 'drawn_scene', 'uploaded_pict
 import os
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from ..analysis.checkpoints import LoadedModel, load_checkpoint
+from ..analysis.checkpoints import LoadedModel, load_checkpoint, source_kind
 from ..core import InputError, data_folder, load_json, path_inside
 from ..data.images import open_image
 from ..data.open import open_records
-from ..data.records import Records
+from ..figures import run_names
 from ..worlds.questions import all_questions
 from ..worlds.scenes import draw, scenes_of
 
@@ -87,7 +88,7 @@ def uploaded_picture(
 
 # %% ../../nbs/lib/apps/00_session.ipynb #e3c17189
 def record_picture(
-    records: Records,  # conversations, one image each
+    records: Sequence,  # conversations, one image each, as `open_records` returns them
     index: int,  # from 0
 ) -> Picture:
     "The image of a record with its questions. Raises InputError unless the record has exactly one image."
@@ -100,7 +101,8 @@ def record_picture(
         KnownQuestion(turn.question.replace("<image>", "").strip(), turn.answer, turn.category)
         for turn in record.turns
     )
-    return Picture(records.image(record.images[0]), record.id, known)
+    title = Path(record.id).name if record.id == record.where else record.id  # without an id: its place
+    return Picture(records.image(record.images[0]), title, known)
 
 # %% ../../nbs/lib/apps/00_session.ipynb #ac4c7293
 EMBEDDED = "embedded, projector untrained"  # the checkpoint that is always there
@@ -151,7 +153,7 @@ def data_folder_of(
 # %% ../../nbs/lib/apps/00_session.ipynb #dc95f67c
 def _load_quietly(
     name: str,  # of the checkpoint
-    run: Path | None,  # its folder; None: the repository's own parts under an untrained projector
+    source: str | Path | None,  # its folder or hub id; None: the repository's own parts, untrained projector
 ) -> LoadedModel:
     "A model, loaded without progress bars. Raises InputError if there is no model."
     from aligned_mllm.worlds.small_models import embedded_model
@@ -160,9 +162,9 @@ def _load_quietly(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if run is None:
+        if source is None:
             return LoadedModel(name, *embedded_model(data_folder() / "parts"))
-        return load_checkpoint(run, name)
+        return load_checkpoint(source, name)
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -170,17 +172,27 @@ def _load_quietly(
 # %% ../../nbs/lib/apps/00_session.ipynb #c8f1cb65
 class Session:
     """Checkpoints by name and their data, each loaded when first needed; at most `kept` models stay in
-    memory."""
+    memory. Raises InputError for models that are neither a folder nor a hub id."""
 
     def __init__(
         self,
         root: str | Path | None = None,  # by default ALIGNED_MLLM_RUNS or the repository's runs/
+        models: Sequence[str | Path] = (),  # model folders or hub ids; by default ALIGNED_MLLM_MODELS
+        data: str | Path | None = None,  # records to ask them; by default ALIGNED_MLLM_RECORDS
+        images: str | Path | None = None,  # of their images; by default ALIGNED_MLLM_IMAGES, or the file's
         kept: int = 2,
     ):
         root = root or os.environ.get("ALIGNED_MLLM_RUNS") or data_folder().parent / "runs"
         self.root = Path(root).resolve()
+        self.data = data or os.environ.get("ALIGNED_MLLM_RECORDS")
+        self.images = images or os.environ.get("ALIGNED_MLLM_IMAGES")
         self.runs = find_runs(self.root)
-        self.names = [*self.runs, EMBEDDED]
+        self.models = {}
+        models = list(models or filter(None, os.environ.get("ALIGNED_MLLM_MODELS", "").split(os.pathsep)))
+        for name, source in zip(run_names(models) if models else [], models):
+            found = self.runs if source_kind(source) == "run" else self.models
+            found[str(source) if name in self.runs else name] = source
+        self.names = [*self.models, *self.runs, EMBEDDED]
         self.kept = kept
         self.loaded = {}
         self.opened = {}
@@ -194,20 +206,26 @@ class Session:
                 f"one of {list(self.runs)}",
                 "choose one of these, or set ALIGNED_MLLM_RUNS and start again",
             )
-        return self.runs[name]
+        return Path(self.runs[name])
+
+    def source(self, name: str) -> str | Path:
+        "A run folder, a model folder or a hub id. Raises InputError for an unknown name."
+        return self.models[name] if name in self.models else self.run(name)
 
     def checkpoint(self, name: str) -> LoadedModel:
         "The checkpoint of that name. Raises InputError for an unknown one."
         with self.lock:
             if name not in self.loaded:
-                model = _load_quietly(name, None if name == EMBEDDED else self.run(name))
+                model = _load_quietly(name, None if name == EMBEDDED else self.source(name))
                 self.loaded = dict([*self.loaded.items(), (name, model)][-self.kept :])
             self.loaded[name] = self.loaded.pop(name)  # the latest is dropped last
             return self.loaded[name]
 
-    def records(self, name: str) -> Records:
-        """The records that a run was scored on, or, if it was not scored, trained on. Raises InputError
-        for a record file outside the run's data folder."""
+    def records(self, name: str) -> Sequence:
+        """The session's own records for a model; those that a run was scored on, or, if it was not scored,
+        trained on. Raises InputError without any, and for a file outside a run's data folder."""
+        if name in self.models:
+            return self.own_records(name)
         run = self.run(name)
         scores = run / "scores.json"
         settings = load_json(scores if scores.is_file() else run / "config.json")
@@ -217,6 +235,16 @@ class Session:
             self.opened[file] = open_records(file, data)
         return self.opened[file]
 
+    def own_records(self, name: str) -> Sequence:
+        "The session's own records, for a model of that name. Raises InputError without any."
+        if not self.data:
+            remedy = "start with --data, or choose another picture"
+            raise InputError(f"no data for {name!r}", "records to ask about", remedy)
+        if "own" not in self.opened:
+            parts = ("test", "train")
+            self.opened["own"] = open_records(self.data, self.images, "leave_out", parts=parts)
+        return self.opened["own"]
+
 # %% ../../nbs/lib/apps/00_session.ipynb #94fa6455
 def caution(
     session: Session,
@@ -225,6 +253,8 @@ def caution(
     "A caution about a checkpoint, empty for none."
     if name == EMBEDDED:
         return "no run: its projector was never trained, so its answers are guesses"
+    if name in session.models:
+        return ""
     config = session.run(name) / "config.json"
     settings = load_json(config) if config.is_file() else {}
     return "" if settings.get("with_images", True) else "trained without images, but given one here"
@@ -233,8 +263,8 @@ def caution(
 def initial_runs(
     session: Session,
 ) -> list[str]:
-    """The two checkpoints that the applications show first: a plain run and an aligned one, if possible of
-    the same folder; otherwise the first ones, with blind runs and the embedded model last."""
+    """The two checkpoints that the applications show first: models that the user named; a plain run and an
+    aligned one, if possible of the same folder; otherwise the first, with blind and embedded ones last."""
 
     def parts(name: str) -> tuple[str, str]:
         folder, _, last = name.rpartition("/")
@@ -251,4 +281,4 @@ def initial_runs(
         filter(is_aligned, session.runs), key=lambda name: (parts(name)[0] != place, len(parts(name)[1]))
     )
     rest = sorted(session.names, key=lambda name: (name.endswith("blind"), name == EMBEDDED))
-    return list(dict.fromkeys([*plain[:1], *aligned[:1], *rest]))[:2]
+    return list(dict.fromkeys([*session.models, *plain[:1], *aligned[:1], *rest]))[:2]

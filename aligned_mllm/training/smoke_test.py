@@ -16,7 +16,7 @@ from PIL import Image
 from ..core import InputError
 from ..data.images import to_rgb
 from ..data.forms import record_to_json
-from ..data.records import Records
+from ..data.open import open_records
 from ..worlds.scene_data import Sizes, write_scenes
 from ..objectives.base import objective_class
 from .published import PUBLISHED
@@ -39,7 +39,7 @@ def tiny_data(
     ):
         samples = []
         (folder / place).mkdir(parents=True, exist_ok=True)
-        for index, record in enumerate(Records(drawn / f"{part}.jsonl")[:count]):
+        for index, record in enumerate(open_records(drawn / f"{part}.jsonl")[:count]):
             raw = record_to_json(record)
             raw.pop("category", None)
             if part == "train" and index % 4 == 3:
@@ -110,7 +110,7 @@ def tiny_settings(
             "the small recipes are small already: shorten them by --set max_steps=8",
         )
     files = ("blip_laion_cc_sbu_558k.json", "llava_v1_5_mix665k.json")
-    turns = [turn for name in files for record in Records(Path(data) / name) for turn in record.turns]
+    turns = [turn for name in files for record in open_records(Path(data) / name) for turn in record.turns]
     sentences = [text for turn in turns for text in (turn.question, turn.answer)]
 
     def part(name: str) -> str:

@@ -42,7 +42,9 @@
     const figure = isDark() ? darken(stored) : stored;
     const target = place.querySelector(".drawn") || newTarget(place);
     const layout = wrapTitle(figure.layout, target.clientWidth);
-    Object.assign(layout, { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true });
+    const clear = "rgba(0,0,0,0)";
+    const modebar = { bgcolor: clear, color: "#bbb", activecolor: "#777" };
+    Object.assign(layout, { paper_bgcolor: clear, plot_bgcolor: clear, autosize: true, modebar });
     Plotly.react(target, figure.data, layout, { responsive: true, displaylogo: false });
     if (figure.frames) Plotly.addFrames(target, figure.frames);
   };
