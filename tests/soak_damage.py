@@ -1,5 +1,5 @@
-"""Random damage of every kind of file that a user has, for `soak.py`: what comes of it must be what the whole
-file gives, or one line that names the file."""
+"""Random damage of every kind of file that a user has, for `soak.py`. A damaged file must give the result of
+the whole one, or one line that names the file."""
 
 import contextlib
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from PIL import Image
 from conftest import data_folder, write_scenes
 from tiny_models import tiny
@@ -212,6 +213,9 @@ SOUND = {
 }
 
 
+OPTIONAL = ("generation_config.json",)  # nothing tells that a model once had it
+
+
 class Hangs(BaseException):
     "The case took too long."
 
@@ -230,7 +234,7 @@ def damaged(place: Place, draw: random.Random) -> dict:
         path.unlink()
     else:
         path.write_bytes(harmed)
-    found = {"file": str(path.relative_to(place.folder)), "damage": name}
+    found = {"where": str(path.relative_to(place.folder)), "how": name}
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
     try:
@@ -238,7 +242,7 @@ def damaged(place: Place, draw: random.Random) -> dict:
             digest = digest_of(place.use())
         if digest == place.whole:
             return found | {"outcome": "same", "message": ""}
-        if harmed != content and sound(path, content):
+        if harmed is None and path.name in OPTIONAL or sound(path, content):
             return found | {"outcome": "cannot be known", "message": ""}
         return found | {"outcome": "SILENT", "message": "another result"}
     except InputError as error:
@@ -246,7 +250,7 @@ def damaged(place: Place, draw: random.Random) -> dict:
         known = (path.name, str(place.folder), *place.names)
         fault = "LINES" if "\n" in message else "" if any(each in message for each in known) else "NAMELESS"
         return found | {"outcome": fault or "refused", "message": message}
-    except BaseException as error:  # whatever it is, it is no refusal
+    except BaseException as error:  # anything else than a refusal is a failure
         if isinstance(error, KeyboardInterrupt):
             raise
         return found | {"outcome": "RAISED", "message": f"{type(error).__name__}: {error}"}
@@ -485,6 +489,12 @@ PLACES = {  # how many cases of each kind, in 100, and what makes its places
     "checkpoints": (7, run_places),
     "runs": (5, run_places),
 }
+
+
+def quiet() -> None:
+    "No progress bars and no reports of transformers in this process."
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def places_in(folder: Path) -> dict[str, list[Place]]:

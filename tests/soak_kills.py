@@ -13,7 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import peft
+import safetensors.torch
 import torch
+import transformers
 from conftest import ENVIRONMENT, FORKS, free_port, into_file, write_scenes
 from tiny_models import tiny
 from transformers import TrainerCallback
@@ -24,7 +27,13 @@ from aligned_mllm.worlds.scene_data import Sizes
 
 SAMPLES = 7  # the last of four steps of an epoch has one sample: nothing is left for a second process
 SECONDS = 120  # a start that takes longer hangs
-FILE_OPERATIONS = ("mkdir", "replace", "unlink", "rmdir", "fsync", "open")
+FILE_OPERATIONS = ("mkdir", "replace", "unlink", "rmdir", "fsync")
+WRITERS = [  # of large files, which a kill leaves half written
+    (torch, "save"),
+    (safetensors.torch, "save_file"),
+    (transformers.modeling_utils, "safe_save_file"),
+    (peft.peft_model, "safe_save_file"),
+]
 # functions in which an operation counts as one inside saving, rotating, evaluating or exporting
 PHASES = {
     "remove_older": "rotating",
@@ -102,10 +111,6 @@ def trainer_in(run: Path, data: Path, cell: dict, callbacks=()) -> AlignTrainer:
     )
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 class Watch(TrainerCallback):
     "Counts the points of a run at which it may be killed, and kills at one of them."
 
@@ -114,10 +119,12 @@ class Watch(TrainerCallback):
         self.count = count
         self.seen = {}
 
-    def at(self, point: str) -> None:
-        "One more point of this kind; it, and what would follow, does not happen if it is the chosen one."
+    def at(self, point: str, last=lambda: None) -> None:
+        """One more point of this kind; it, and what would follow, does not happen if it is the chosen one.
+        last: what happens before the end."""
         if point == self.point and self.seen.get(point, 0) == self.count:
-            die()
+            last()
+            os.kill(os.getpid(), signal.SIGKILL)
         self.seen[point] = self.seen.get(point, 0) + 1
 
     def on_step_begin(self, *arguments, **keywords):
@@ -135,35 +142,55 @@ class Watch(TrainerCallback):
     def forward(self, module, arguments) -> None:
         self.at("training" if module.training else "evaluating")
 
-    def file_operation(self) -> None:
+    def file_operation(self, last=lambda: None) -> None:
         "The innermost function that has a phase decides."
         frame = sys._getframe(2)
         phase = None
         while frame and not phase:
             phase = PHASES.get(frame.f_code.co_name)
             frame = frame.f_back
-        self.at("files")
+        self.at("files", last)
         if phase in POINTS:
-            self.at(phase)
+            self.at(phase, last)
 
     def follow_files(self) -> None:
         "From now on count operations on files in this process."
 
-        def counted(operation, chosen=lambda *arguments, **keywords: True):
+        def counted(operation):
             def wrapped(*arguments, **keywords):
-                if chosen(*arguments, **keywords):
-                    self.file_operation()
+                self.file_operation()
                 return operation(*arguments, **keywords)
 
             return wrapped
 
-        def writes(file, mode="r", *arguments, **keywords):
-            return not isinstance(file, int) and any(letter in mode for letter in "wax+")
+        def opened(operation):
+            def wrapped(file, mode="r", *arguments, **keywords):
+                if isinstance(file, int) or not set(mode) & set("wax+"):
+                    return operation(file, mode, *arguments, **keywords)
+                self.file_operation()
+                handle = operation(file, mode, *arguments, **keywords)
+                self.file_operation()  # it is there, and empty
+                return handle
+
+            return wrapped
+
+        def half_written(operation):
+            def wrapped(value, path, *arguments, **keywords):
+                def half():
+                    operation(value, path, *arguments, **keywords)
+                    os.truncate(path, os.path.getsize(path) // 2)
+
+                if isinstance(path, (str, Path)):
+                    self.file_operation(half)
+                return operation(value, path, *arguments, **keywords)
+
+            return wrapped
 
         for name in FILE_OPERATIONS:
-            if name != "open":
-                setattr(os, name, counted(getattr(os, name)))
-        builtins.open = counted(builtins.open, writes)
+            setattr(os, name, counted(getattr(os, name)))
+        builtins.open = opened(builtins.open)
+        for module, name in WRITERS:
+            setattr(module, name, half_written(getattr(module, name)))
 
 
 def train_once(run: Path, data: Path, cell: dict, rank: int, port: int, point: str, count: int) -> None:
@@ -259,7 +286,7 @@ def drawn_kill(draw: random.Random, cell: dict, whole: dict, part: int) -> dict:
     point = draw.choice([point for point in POINTS if point == "time" or seen.get(point)])
     kill = {"point": point, "rank": rank, "delay": draw.choice([0, 0, 0.05, 0.3])}
     if point == "time":
-        return kill | {"count": -1, "seconds": draw.uniform(0.2, whole["seconds"])}
+        return kill | {"count": -1, "seconds": draw.uniform(0.2, 0.8) * whole["seconds"]}
     return kill | {"count": draw.randrange(-(-seen[point] // part))}
 
 
@@ -291,7 +318,7 @@ def case(folder: Path, seed: int, number: int) -> dict:
     fault = fault or difference(run, whole["result"])
     words = ", ".join(f"{kill['point']} {kill['count']} of rank {kill['rank']}" for kill in kills)
     kind = f"{cell['processes']} process{'es' * (cell['processes'] - 1)}"
-    found = {"kind": kind, "point": kills[0]["point"], "kills": hit, "cell": json.dumps(cell), "where": words}
+    found = {"kind": f"{kind}, {describe(cell)}", "how": kills[0]["point"], "kills": hit, "where": words}
     if fault:
         tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         return found | {"outcome": "LOST", "message": f"{fault}; {' '.join(tail)[:300]}"}
@@ -299,6 +326,10 @@ def case(folder: Path, seed: int, number: int) -> dict:
     for path in folder.glob(f"{run.name}.*"):
         path.unlink()
     return found | {"outcome": "equal", "message": ""}
+
+
+def describe(cell: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in cell.items() if name != "processes")
 
 
 def difference(run: Path, whole: dict) -> str:
