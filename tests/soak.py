@@ -2,9 +2,9 @@
 
     make soak ARGS="--kills 20 --damages 200 --seed 1"
 
-Each case is one row of FOLDER/seedN.csv as soon as it has ended; the same command continues there. A killed run
-must end as the unbroken one does. A damaged file must give the result of the whole one, or one line that names
-the file. `--only damage:17` repeats one case."""
+Each case is one row of FOLDER/seedN.csv as soon as it has ended; the same command continues there. A killed
+run must end as the unbroken one does. A damaged file must give the result of the whole one, or one line that
+names the file. `--only damage:17` repeats one case."""
 
 import argparse
 import csv
@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
-from conftest import FORKS
+from conftest import ENVIRONMENT, FORKS
 from tqdm import tqdm
 
 from aligned_mllm.core import environment, save_json
@@ -160,22 +160,33 @@ def main(words: list[str] | None = None) -> int:
             below.mkdir(exist_ok=True)
             carried_out(part, work(below, options.seed, numbers, options.workers), len(numbers), table)
     rows = [row for row in rows_in(table) if int(row["number"]) in asked.get(row["part"], ())]
-    tables = tables_of(rows)
-    for part, counts in tables.items():
-        counts.to_csv(folder / f"{part}.csv")
+    for part, counts in tables_of(rows).items():
         print(f"\n{counts.to_string()}")
+        counts.to_csv(folder / f"{part}.csv")
+        own = [row for row in rows if f"{row['part']}s" == part]
+        save_json(facts_of(options, own), folder / f"{part}.json")
     bad = [row for row in rows if row["outcome"] not in GOOD]
     for row in bad:
         case = f"--seed {options.seed} --only {row['part']}:{row['number']}"
         print(f"{case}: {row['outcome']} {row['message'][:200]}")
-    seconds = sum(float(row["seconds"] or 0) for row in rows)
-    asked = f"--kills {options.kills} --damages {options.damages} --seed {options.seed}"
-    facts = {"command": f'make soak ARGS="{asked}"', "seed": options.seed, "date": str(date.today())}
-    save_json({**facts, "failures": len(bad), "seconds": seconds, **environment()}, folder / "soak.json")
     return int(bool(bad))
 
 
+def facts_of(options: argparse.Namespace, rows: list[dict]) -> dict:
+    "How the table of one part was made."
+    words = f"--kills {options.kills} --damages {options.damages} --seed {options.seed}"
+    return {
+        "command": f'make soak ARGS="{words}"',
+        "seed": options.seed,
+        "cases": len(rows),
+        "failures": sum(row["outcome"] not in GOOD for row in rows),
+        "seconds": round(sum(float(row["seconds"] or 0) for row in rows)),
+        "date": str(date.today()),
+        **environment(),
+    }
+
+
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server of forks finds this folder
+    os.environ |= ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # of the forks
     FORKS.set_forkserver_preload(["soak_kills", "soak_damage"])
     sys.exit(main())

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import teacher_checks
 import torch
 import transformers
 from PIL import Image
@@ -32,9 +33,12 @@ from aligned_mllm.data.encode import encode
 from aligned_mllm.data.record import Record, Turn
 from aligned_mllm.data.records import Records
 from aligned_mllm.evals.task import score_run
+from aligned_mllm.objectives.base import Context, objective_class, settings_of
 from aligned_mllm.reporting.model_card import model_card
 from aligned_mllm.teachers.cache import FeatureCache
 from aligned_mllm.teachers.vision import load_teacher
+from aligned_mllm.training.checkpoint import export_objectives, exported_objectives
+from aligned_mllm.training.model import AlignedModel
 from aligned_mllm.worlds.scene_data import Sizes
 
 SECONDS = 60  # a case that takes longer hangs
@@ -125,8 +129,8 @@ SHARES = [4, 4, 4, 1, 1, 1]  # how often each is drawn
 
 
 def sound(path: Path, content: bytes) -> bool:
-    """Whether a damaged file is still a valid one of the same kind, with other values: nothing inside it tells.
-    content: the whole file."""
+    """Whether a damaged file is still a valid one of the same kind, with other values: nothing inside it
+    tells. content: the whole file."""
     found = path.read_bytes() if path.is_file() else b""
     try:
         return bool(found) and SOUND[path.suffix](path, found, content)
@@ -357,6 +361,44 @@ def model_places(folder: Path) -> dict[str, list[Place]]:
     }
 
 
+def teacher_places(folder: Path) -> dict[str, list[Place]]:
+    "Folders of teachers."
+    places = []
+    for name in ("dinov2", "siglip_vision_model"):
+        model, view = teacher_checks.tiny(name)
+        model.save_pretrained(folder / name)
+        view.save_pretrained(folder / name)
+        places.append(Place(folder / name, (lambda name: lambda: features_of(folder / name))(name)))
+    return {"teachers": places}
+
+
+def features_of(folder: Path) -> list:
+    "The features of one picture by the teacher in a folder."
+    teacher = load_teacher(str(folder))
+    picture = Image.linear_gradient("L").convert("RGB")
+    with torch.inference_mode():
+        return [teacher.checksum, teacher.features([teacher.pixels_of_view(picture, (0, 0, 1, 1), (3, 3))])]
+
+
+def objective_places(folder: Path) -> dict[str, list[Place]]:
+    "Objectives that were exported with a model."
+    model, processor = tiny("llava")
+    context = Context(model, processor, parts=str(data_folder() / "parts"))
+    settings = {"teacher": "dense", "hidden": 8, "layers": [1]}
+    objective = objective_class("viral").build(settings_of("viral", settings), context)
+    objective.label = "viral"
+    objective.in_model = True
+    exported = folder / "exported"
+    exported.mkdir()
+    export_objectives(AlignedModel(model, [objective]), exported, {"viral": settings})
+
+    def read() -> list:
+        found = exported_objectives(exported, context)
+        return [[each.label, each.layers, each.weight, checksum(each)] for each in found]
+
+    return {"objectives": [Place(exported, read)]}
+
+
 def cache_places(folder: Path) -> dict[str, list[Place]]:
     "A feature cache, and feature files."
     data = write_scenes(folder / "data", 0, Sizes(train=4, captions=4, validation=2, test=2))
@@ -481,9 +523,11 @@ def read_run(run: Path) -> list:
 
 PLACES = {  # how many cases of each kind, in 100, and what makes its places
     "records": (26, record_places),
-    "pictures": (20, record_places),
-    "models": (18, model_places),
-    "adapters": (8, model_places),
+    "pictures": (17, record_places),
+    "models": (14, model_places),
+    "adapters": (6, model_places),
+    "teachers": (6, teacher_places),
+    "objectives": (3, objective_places),
     "caches": (8, cache_places),
     "feature files": (8, cache_places),
     "checkpoints": (7, run_places),

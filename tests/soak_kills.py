@@ -1,5 +1,5 @@
-"""Runs that are killed at random points and resumed, for `soak.py`: each must end as an unbroken one. A process
-is killed by SIGKILL, so that it has no chance to clean up."""
+"""Runs that are killed at random points and resumed, for `soak.py`: each must end as an unbroken one. A
+process is killed by SIGKILL, so that it has no chance to clean up."""
 
 import builtins
 import hashlib

@@ -286,7 +286,8 @@ def read_features(
     "The features in a folder, by model. Raises InputError if there are none, or if they are incomplete."
     found = {}
     for place in sorted(path.parent for path in Path(folder).glob("*/settings.json")):
-        settings = load_json(place / "settings.json", ("model", "pictures", "layers", "teachers", "file type"))
+        needs = ("model", "pictures", "layers", "teachers", "file type")
+        settings = load_json(place / "settings.json", needs)
         note = place / "progress.json"
         done = load_json(note, ("pictures", "rows")) if note.is_file() else {"pictures": 0}
         if done["pictures"] != settings["pictures"]:

@@ -191,7 +191,6 @@ def _parquet_file(
 ):
     "pyarrow's view of a file; raises InputError without pyarrow, or for another kind of file."
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         remedy = "pip install pyarrow (it is in the extra [data]), or save the data as JSON lines"

@@ -23,8 +23,12 @@ def read_file(
     path: Path,  # a file of a model folder
 ) -> None:
     "Read a file of a model by the kind that its name has; raises whatever is wrong with it."
-    if path.suffix == ".json" and not isinstance(json.loads(path.read_text(encoding="utf-8")), (dict, list)):
-        raise ValueError("not an object")
+    if path.suffix == ".json":
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, (dict, list)):
+            raise ValueError("not an object")
+        if not value and path.name in ("config.json", "preprocessor_config.json"):
+            raise ValueError("nothing in it")
     if path.name == "tokenizer.json":
         from tokenizers import Tokenizer
 

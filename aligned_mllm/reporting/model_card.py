@@ -92,7 +92,8 @@ def model_card(
         f"{each.get('settings', {})}"
         for label, each in objectives.items()
     )
-    marked = load_json(run / "model" / "config.json", needs=("model_type",))["model_type"].startswith("aligned_")
+    plain = load_json(run / "model" / "config.json", needs=("model_type",))
+    marked = plain["model_type"].startswith("aligned_")
     runs = [run, *map(Path, beside)]
     scored = bool(beside) or (run / "scores.json").is_file()
     scores = markdown_table(score_columns(runs)) if scored else "Not scored."
