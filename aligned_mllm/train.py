@@ -20,6 +20,7 @@ from .training.config import configured, parsed_setting
 from .training.dry_run import dry_run
 from .training.estimate import as_text
 from .training.run import run, smoke_test
+from .training.run_folder import last_checkpoint
 
 # %% ../nbs/lib/25_train.ipynb #00aeff2d
 def import_file(
@@ -39,9 +40,11 @@ def import_file(
         raise InputError(f"{place}: {error.msg}", "a Python file", "correct it") from error
 
 # %% ../nbs/lib/25_train.ipynb #c22f9651
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser(
+    program: str = "aligned_mllm.train",  # its name in messages
+) -> argparse.ArgumentParser:
     "All options of the command."
-    parser = argparse.ArgumentParser(prog="aligned_mllm.train", description="Train a model.")
+    parser = argparse.ArgumentParser(prog=program, description="Train a model.")
     parser.add_argument("--recipe", default="", help="a name from 'aligned-mllm recipes'; or none")
     parser.add_argument("--model", default="", help="an image-text model: a folder, or a hub id")
     parser.add_argument("--data", default="", help="a file of records, or a folder with train.jsonl")
@@ -73,9 +76,10 @@ def settings_from(
 @command
 def main(
     arguments: list[str] | None = None,  # the command line by default
+    program: str = "aligned_mllm.train",  # its name in messages
 ) -> int:
     "Entry of `accelerate launch -m aligned_mllm.train`. One clear message and exit status 2 for bad input."
-    parser = argument_parser()
+    parser = argument_parser(program)
     options = parser.parse_args(arguments)
     if not (options.dry_run or options.output) or not (options.dry_run or options.tiny or options.data):
         parser.error("--data and --output are needed, except with --dry-run (neither) and --tiny (--output)")
@@ -96,7 +100,9 @@ def main(
         print(f"aligned_mllm: {error}. {kept}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("\naligned_mllm: stopped. Run the same command again to resume", file=sys.stderr)
+        found = last_checkpoint(Path(options.output)) if options.output else None
+        kept = f"to resume from {found.name}" if found else "to start again: no checkpoint is saved yet"
+        print(f"\naligned_mllm: stopped. Run the same command again {kept}", file=sys.stderr)
         return 130
     return 0
 

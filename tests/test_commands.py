@@ -13,6 +13,7 @@ from conftest import ENVIRONMENT, free_port
 
 from aligned_mllm import train
 from aligned_mllm.core import InputError, command, environment
+from aligned_mllm.training.run_folder import mark_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
@@ -125,13 +126,18 @@ def test_any_process_may_refuse_and_all_together_do_so_once(monkeypatch, capsys)
     assert said == [2, 1, 1, 1, 0]
 
 
-def test_an_interrupted_training_is_one_line(monkeypatch, capsys):
+def test_an_interrupted_training_is_one_line(monkeypatch, tmp_path, capsys):
     def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("aligned_mllm.train.run", stopped)
-    assert train.main(["--data", "data", "--output", "run"]) == 130
-    assert capsys.readouterr().err.strip() == "aligned_mllm: stopped. Run the same command again to resume"
+    said = []
+    for kept in ("to start again: no checkpoint is saved yet", "to resume from checkpoint-8"):
+        assert train.main(["--data", "data", "--output", str(tmp_path)]) == 130
+        said.append(f"aligned_mllm: stopped. Run the same command again {kept}")
+        assert capsys.readouterr().err.strip() == said[-1]
+        (tmp_path / "checkpoint-8").mkdir(exist_ok=True)
+        mark_whole(tmp_path / "checkpoint-8", {"step": 8})
 
 
 def test_a_copy_inside_another_repository_has_no_commit(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 computes the same. A checkpoint that is not plain raises an error."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,10 +12,16 @@ from conftest import ENVIRONMENT
 from PIL import Image
 from tiny_models import WORDS, bytes_tokenizer, text_sizes, vision_sizes
 
-from aligned_mllm.core import load_json, seed_everything
+from aligned_mllm.core import InputError, data_folder, load_json, seed_everything
 from aligned_mllm.models.compose import CHATS, composed_model
 from aligned_mllm.models.load import load_model
+from aligned_mllm.reporting.model_card import model_card
 from aligned_mllm.train import run
+from aligned_mllm.training.claim import claim_folder
+from aligned_mllm.training.config import WEIGHTS, configured
+from aligned_mllm.training.run import finish, report_parameters, trainer_of
+from aligned_mllm.training.trainer import TermTrainer
+from aligned_mllm.worlds.small_models import embedded_model
 
 FEW = {
     "max_steps": 2,
@@ -201,3 +208,90 @@ def test_a_plain_export_has_no_warning_in_it(exports):
         and load_json(exports[1]["lora"] / "config.json")["model_type"] == "llava"
     )
     assert WORDS
+
+
+MIXED = {"weights": "bfloat16", "trained_weights": "float32", "bf16": True, "use_cpu": True}
+ADAPTERS = {
+    "post": {**MIXED, "residual": "post_projection", "residual_layer": 3},
+    "pre": {**MIXED, "residual": "pre_projection", "residual_layer": 3},
+    "dora": {**MIXED, "lora_dora": True, "position_code": 1.0},
+    "float32": {"use_cpu": True},
+}
+
+
+def update(model, start: dict) -> dict:
+    "What the linear layers of the language model's blocks gained, by name."
+    names = [name for name in start if "language_model.layers" in name and name.endswith("_proj.weight")]
+    state = model.state_dict()
+    return {name: state[name].float() - start[name].float() for name in names}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_kept_and_what_merging_takes_is_measured(small_data, tmp_path, name):
+    """From a base model in a folder. The adapters' folder has the trained update to float32's last digits,
+    with residual and position code; done.json has the distance of the merged model from it."""
+    for part in embedded_model(data_folder() / "parts"):
+        part.save_pretrained(tmp_path / "base")
+    settings = {**FEW, "model": str(tmp_path / "base"), **ADAPTERS[name]}
+    trainer = trainer_of(configured("scenes_lora_viral", small_data, tmp_path / "run", settings))
+    claim_folder(trainer.args, "scenes_lora_viral", trainer)
+    report_parameters(trainer)
+    TermTrainer.train(trainer)
+    start = load_model(tmp_path / "base", WEIGHTS[settings.get("weights", "float32")])[0].state_dict()
+    student = trainer.model.student
+    layers = {key: each for key, each in student.named_modules() if hasattr(each, "lora_A")}
+    factors = {
+        f"{key.removeprefix('base_model.model.')}.weight": each.get_delta_weight("default").detach()
+        for key, each in layers.items()
+    }
+    before = {
+        name: value.detach().clone() for name, value in student.named_parameters() if "projector" in name
+    }
+    rotary = {key: value.clone() for key, value in student.named_buffers() if "inv_freq" in key}
+    finish(trainer, {})
+    export = load_json(tmp_path / "run" / "done.json")["export"]
+    adapted, _ = load_model(tmp_path / "run" / "adapter")
+    merged, _ = load_model(tmp_path / "run" / "model")
+    trained, kept = update(adapted, start), update(merged, start)
+    if name != "dora":  # whose update is not a product alone
+        assert factors.keys() == trained.keys()
+        assert max((trained[key] - factors[key]).abs().max() for key in factors) < 1e-6
+    lost = sum((kept[key] - trained[key]).square().sum() for key in trained).sqrt()
+    whole = sum(value.square().sum() for value in trained.values()).sqrt()
+    assert whole > 0 and export["update_error"] == pytest.approx(float(lost / whole), rel=1e-2, abs=2e-6)
+    assert export["update_error"] < 1e-5 if name == "float32" else export["update_error"] > 0.01
+    assert (export["logits_difference"] > 1e-3) == (name != "float32") and export["logits_deviation"] > 0.1
+    projector = {key: value for key, value in before.items() if "modules_to_save" in key}
+    for key, value in projector.items():
+        assert torch.equal(adapted.get_parameter(plain_name(key)), value), key
+    for key, value in rotary.items():  # not rounded to bfloat16, and so those of the loaded model
+        assert torch.equal(dict(adapted.named_buffers())[plain_name(key)], value), key
+    for kind in ("aligned_residual", "aligned_position_code"):
+        assert getattr(adapted.config, kind, None) == getattr(student.config, kind, None)
+    config = load_json(tmp_path / "run" / "adapter" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    card = model_card(tmp_path / "run")
+    assert f"by {100 * export['update_error']:.2g} %" in card and "adapter/" in card
+
+
+def plain_name(name: str) -> str:
+    "A parameter's name without PEFT's own parts."
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+
+
+def test_adapters_move_with_a_base_that_has_no_name(small_data, tmp_path):
+    output = run(
+        "scenes_lora_viral",
+        small_data,
+        tmp_path / "run",
+        {**FEW, "residual": "pre_projection", "residual_layer": 3},
+    )
+    shutil.move(output, tmp_path / "elsewhere")
+    adapted, _ = load_model(tmp_path / "elsewhere" / "adapter")
+    merged, _ = load_model(tmp_path / "elsewhere" / "model")
+    state = adapted.state_dict()
+    assert state.keys() == merged.state_dict().keys()
+    assert max((state[name] - value).abs().max() for name, value in merged.state_dict().items()) < 1e-5
+    shutil.rmtree(tmp_path / "elsewhere" / "adapter" / "base")
+    with pytest.raises(InputError, match="no model in ./base"):
+        load_model(tmp_path / "elsewhere" / "adapter")

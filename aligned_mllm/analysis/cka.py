@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .neighbours import Points, points_of
+from .copies import check_once
+from .neighbours import Points, points_of, same_rows
 from ..core import InputError
 
 # %% ../../nbs/lib/analysis/22_cka.ipynb #dd8baf36
@@ -71,12 +72,23 @@ def cka(
     second,  # (n, D2)
     normalise: bool = True,  # scale rows to length 1 first
     unbiased: bool = False,  # about 0 for unrelated features, whatever their widths
+    copies: bool = False,  # True: also for points that occur more than once, which raise the value
 ) -> float:
     """Linear CKA, tr(KHLH) normalised (Kornblith et al. 2019): 1 for equal kernels. Raises InputError as
-    `kernel` does."""
+    `kernel` does, for points that are equal on both sides, and for a kernel whose points are all equally
+    alike."""
     one = points_of(first, normalise)
     two = points_of(second, normalise)
-    return float(cross(one, two, unbiased) / (cross(one, one, unbiased) * cross(two, two, unbiased)).sqrt())
+    if not copies:
+        check_once(same_rows(one), same_rows(two))
+    own = [cross(each, each, unbiased) for each in (one, two)]
+    if min(own) < 1e-20 * len(one.rows) ** 2:
+        raise InputError(
+            "rows whose inner products are all equal",
+            "some points more alike than others",
+            "use the biased form, or other features",
+        )
+    return float(cross(one, two, unbiased) / (own[0] * own[1]).sqrt())
 
 # %% ../../nbs/lib/analysis/22_cka.ipynb #29387c46
 def cka_null(
@@ -84,8 +96,12 @@ def cka_null(
     second: Points,  # the same points
     unbiased: bool = False,
 ) -> tuple[float, float]:
-    "Mean and standard deviation of CKA over all shuffles of the second's points, in closed form."
+    """Mean and standard deviation of CKA over all shuffles of the second's points, in closed form. Raises
+    InputError for fewer than 4 points, and for points that are equal on both sides."""
     n = len(first.rows)
+    if n < 4:
+        raise InputError(f"CKA by chance of {n} points", "at least 4", "take more points")
+    check_once(same_rows(first), same_rows(second))
     if unbiased:
         return 0.0, math.sqrt(2 / (n * (n - 3)))
     ranks = []
@@ -95,9 +111,13 @@ def cka_null(
         own = torch.cat([(each.unit(part) - mean).square().sum(1) for part in each.parts()])
         square = float(cross(each, each)[0])
         rank = float(own.sum()) ** 2 / square
-        scale = (n - 1) / ((n - 3) * (n - 1 - rank))
         ranks.append(rank)
+        if rank > (1 - 1e-9) * (n - 1):
+            continue  # all points are equally far from each other: every order gives the same value
+        scale = (n - 1) / ((n - 3) * (n - 1 - rank))
         skews.append(scale * (n * (n + 1) * float(own @ own) / square - (n - 1) * (rank + 2)))
+    if len(skews) < 2:
+        return math.sqrt(ranks[0] * ranks[1]) / (n - 1), 0.0
     spread = 2 * (n - 1 - ranks[0]) * (n - 1 - ranks[1]) / ((n + 1) * (n - 1) ** 2 * (n - 2))
     variance = spread * (1 + (n - 3) / (2 * n * (n - 1)) * skews[0] * skews[1])
     return math.sqrt(ranks[0] * ranks[1]) / (n - 1), math.sqrt(variance)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from .copies import check_once
 from .neighbours import Space, space
 from ..core import InputError
 
@@ -143,10 +144,14 @@ def cknna(
     normalise: bool = True,  # scale rows to length 1 first
     form: str = "centred_first",  # the paper's formula; "masked_first": the released code
     unbiased: bool = False,  # the unbiased variant; the released code's default is masked_first, unbiased
+    copies: bool = False,  # True: also for points that occur more than once, which raise the value
 ) -> float:
     """CKNNA (Huh et al. 2024): 1 for equal neighbour graphs. Unrelated features reach about k / n by
     chance, if k is small against n, and more for masked_first without unbiased. (The released code also
-    adds 1e-6 to the denominator.) Raises InputError as `kernel` does, and for different numbers of rows."""
+    adds 1e-6 to the denominator.) Raises InputError as `kernel` does, for different numbers of rows, and for
+    points that are equal on both sides."""
     with_self = form == "masked_first" and not unbiased
     spaces = [space(features, k, normalise, with_self=with_self) for features in (first, second)]
+    if not copies:
+        check_once(*(each.alike for each in spaces))
     return agreement(*spaces, k, form, unbiased)["CKNNA"]

@@ -55,7 +55,13 @@ def layers_against(
         length = self_cross(here)
         for name, reference in fixed.items():
             own = (length, lengths[name]) if needs_cka else None
-            for row in compare(here, reference, k, permutations=permutations, seed=seed, own=own, **settings):
+            how = {"permutations": permutations, "seed": seed, "own": own, **settings}
+            try:
+                rows = compare(here, reference, k, **how)
+            except InputError as error:
+                found = f"layer {layer} and {name or 'the reference'}: {error.found}"
+                raise InputError(found, error.expected, error.remedy) from None
+            for row in rows:
                 yield {"reference": name, "layer": layer, **row}
 
 # %% ../../nbs/lib/analysis/26_cknna_layers.ipynb #5323ed02
@@ -68,10 +74,11 @@ def cknna_by_layer(
     normalise: bool = True,  # scale rows to length 1 first
     pictures=None,  # (n,) the image of each point: adds low and high, the 95 % interval over images
     groups: int = 20,  # of images, for the interval
-    **settings,  # form, unbiased, measures: as `compare` takes them
+    **settings,  # form, unbiased, measures, units: as `compare` takes them
 ) -> pd.DataFrame:
     """One row for each layer (and measure, if `measures` is given): layer, value, null_low, null_high
-    (2.5 % and 97.5 % under shuffled correspondence). Raises InputError as `layers_against` does."""
+    (2.5 % and 97.5 % under shuffled correspondence); also copies, units and tied, if there are any, as
+    `compare` gives them. Raises InputError as `layers_against` does."""
     if isinstance(states, dict):
         pairs = states.items()
     else:

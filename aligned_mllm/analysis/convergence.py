@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core import InputError, load_json
-from ..evals.statistics import interval, read_table, require_columns
+from ..evals.statistics import interval, interval_words, read_table, require_columns
 from ..figures import add_curve, blank_figure, escaped, styles_of, with_axes
 
 # %% ../../nbs/lib/analysis/90_convergence.ipynb #7ef86e04
@@ -89,7 +89,8 @@ def convergence_table(
 ) -> pd.DataFrame:
     """Steps and seconds to a target, over seeds: model, name, target, runs, reached (how many), then steps
     and seconds each with _low and _high (95 % t-interval), NaN unless all reached it; with a baseline also
-    saved_steps and saved_seconds. Raises InputError as `read_run_curves` and for an unknown baseline."""
+    pairs (seeds that both have), saved_steps and saved_seconds. Raises InputError as `read_run_curves`, for
+    an unknown baseline, and for kinds without a common seed."""
     times = times_to_target(read_run_curves(folders, models), target, name, falling)
     kinds = sorted(times.model.unique())
     if baseline and baseline not in kinds:
@@ -101,6 +102,14 @@ def convergence_table(
         measured = {unit: runs[unit] for unit in ("steps", "seconds")}
         if baseline:
             pairs = times[times.model == baseline].merge(runs, on="seed", suffixes=("_before", ""))
+            if not len(pairs):
+                known = sorted(times.seed[times.model == baseline].tolist())
+                raise InputError(
+                    f"seeds {sorted(runs.seed.tolist())} of {model}, {known} of {baseline}",
+                    "a seed that both have",
+                    "run both with the same seeds, or leave the baseline out",
+                )
+            row["pairs"] = len(pairs)
             for unit in ("steps", "seconds"):
                 measured[f"saved_{unit}"] = pairs[f"{unit}_before"] - pairs[unit]
         for unit, values in measured.items():
@@ -129,7 +138,7 @@ def convergence_figure(
         )
     seeds = part.groupby("model").seed.nunique()
     count = " to ".join(map(str, sorted({seeds.min(), seeds.max()})))
-    subtitle = f"mean over {count} seeds; bands: 95 % intervals over seeds"
+    subtitle = f"mean over {count} seeds; {interval_words('bands', seeds.max(), 'seeds')}"
     figure = blank_figure(f"{escaped(name)} during training", subtitle)
     looks = styles_of(list(part.model.unique()))
     for model, runs in part.groupby("model", sort=False):

@@ -19,7 +19,7 @@ from .attention_tables import measured_rows, over_pictures
 from .checkpoints import LoadedModel
 from ..core import InputError
 from ..data.records import Records
-from ..evals.statistics import require_columns
+from ..evals.statistics import interval_words, require_columns
 from ..figures import blank_figure, layers_figure
 
 # %% ../../nbs/lib/analysis/40_entropy.ipynb #c7ca0c8c
@@ -241,6 +241,8 @@ def spatial_entropy_table(
         return values.masked_fill(values.isinf(), torch.nan).nanmean(2).T
 
     by = ["model", "layer", "head"] if by_head else ["model", "layer"]
+    if shuffles < 0:
+        raise InputError(f"{shuffles} shuffles", "0 or more", "pass 0 for a table without chance")
     raw = measured_rows(models, records, measure, queries, layers, batch_size, first_records, names)
     if raw.value.isna().all():
         raise InputError(
@@ -268,7 +270,10 @@ def spatial_entropy_figure(
     """Spatial entropy over the layers, with chance in grey if the table has it, as a plotly figure. Raises
     InputError as `layers_figure` does."""
     require_columns(table, ("model", "layer", "value", "pictures"), "spatial entropy")
-    sample = f"mean over heads and {table.pictures.max()} pictures; bands: 95 % over pictures"
+    bands = interval_words("bands", table.pictures.max(), "pictures")
+    sample = f"mean over heads and {table.pictures.max()} pictures; {bands}"
+    if "undefined" in table and table.undefined.any():
+        sample += f"; up to {table.undefined.max():.0%} of rows flat, left out"
     chance = "; grey: patches shuffled" if "null_low" in table else ""
     subtitle = f"{sample}; low: in one place, high: scattered{chance}"
     title = "Spatial entropy of attention on the picture"

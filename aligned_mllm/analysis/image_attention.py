@@ -13,7 +13,7 @@ import pandas as pd
 from .attention_tables import measured_rows, over_pictures
 from .checkpoints import LoadedModel
 from ..data.records import Records
-from ..evals.statistics import require_columns
+from ..evals.statistics import interval_words, require_columns
 from ..figures import blank_figure, escaped, layers_figure
 
 # %% ../../nbs/lib/analysis/34_image_attention.ipynb #488823cd
@@ -45,7 +45,8 @@ def image_attention_figure(
     """Share of attention on the image over the layers, as a plotly figure; evenly spread attention in
     grey, if the table has it. Raises InputError as `layers_figure` does."""
     require_columns(table, ("model", "layer", "value", "pictures"), "image attention")
-    subtitle = f"mean over heads and {table.pictures.max()} pictures; bands: 95 % over pictures"
+    bands = interval_words("bands", table.pictures.max(), "pictures")
+    subtitle = f"mean over heads and {table.pictures.max()} pictures; {bands}"
     unit = "share of attention on the picture (0 to 1)"
     if "uniform" not in table:
         return layers_figure(table, "Attention from words to the picture", subtitle, unit, **options)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .permutation import paired_loss
+from .permutation import check_pictures, paired_loss, without_width
 from .checkpoints import LoadedModel, loaded_models
 from ..core import InputError
 from ..data.records import Records
@@ -193,6 +193,7 @@ def knockout_table(
             f"one of {list(kinds)}, and records",
             "correct the setting",
         )
+    check_pictures(records)
     tables = []
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     for loaded in loaded_models(models):
@@ -231,7 +232,7 @@ def knockout_figure(
     figure = layers_figure(
         drawn,
         titles[table.kind.iloc[0]],
-        "bands: 95 % intervals, paired over questions",
+        f"bands: 95 % intervals, paired over questions{without_width(drawn)}",
         "accuracy lost, points",
         panel="category" if len(categories) > 1 else "",
         marked=marked,

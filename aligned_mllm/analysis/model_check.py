@@ -18,7 +18,9 @@ from .attention import AttentionRows
 from .checkpoints import LoadedModel
 from .knockout import without_image_attention
 from ..data.collate import model_inputs
+from ..core import InputError
 from ..data.encode import IGNORED, PER_TOKEN
+from ..data.views import known_layout
 from ..models.taps import Taps, decoder_layers
 from ..models.trainable import STAGES, parameter_audit, train_only
 
@@ -164,11 +166,15 @@ def model_check(
 ) -> pd.DataFrame:
     "A row for each check: holds, measured (or the reason against it), and the uses that are unsafe."
     rows = {}
+    if known_layout(loaded.processor) is None:  # nothing else can be tried
+        names = ["visual positions"]
     for name in names or CHECKS:
         check, unsafe = CHECKS[name]
         try:
             rows[name] = {"holds": True, "measured": check(loaded), "unsafe": ""}
         except Exception as error:  # a model that nobody knows may fail in any way
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = " ".join(str(error).split())
+            if not isinstance(error, InputError):
+                reason = f"{type(error).__name__}: {reason[:200]}"
             rows[name] = {"holds": False, "measured": reason, "unsafe": unsafe}
     return pd.DataFrame(rows).T

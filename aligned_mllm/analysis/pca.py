@@ -27,8 +27,9 @@ def principal_directions(
     tokens: Tensor,  # (n, D)
     count: int = 3,  # the number of directions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean (D,), directions (count, D) of unit length, shares of variance (count,)), strongest first.
-    Raises InputError for too few tokens, or tokens that are all equal."""
+    """(mean (D,), directions (count, D) of unit length, shares of variance (count,)), strongest first. A
+    direction without variance is all zeros: its colour is the same everywhere. Raises
+    InputError for too few tokens, or tokens that are all equal."""
     from scipy.linalg import eigh
 
     tokens = tokens.detach().double().cpu()
@@ -47,6 +48,7 @@ def principal_directions(
     values, vectors = eigh(products, subset_by_index=[size - count, size - 1])
     found = (centred.T @ vectors if wide else vectors).T[::-1]
     found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-300)
+    found[values[::-1] < 1e-12 * total] = 0
     largest = found[np.arange(count), np.abs(found).argmax(1)]
     directions = np.ascontiguousarray(found * np.sign(largest)[:, None])
     shares = np.maximum(values[::-1], 0) / total
@@ -93,7 +95,7 @@ def pca_pictures(
             colours[entry][mine] = part
             if shared:  # of this entry's own variance
                 own = flat[entry][mine] - flat[entry][mine].mean(0)
-                shares = (own @ directions.T).square().sum(0) / own.square().sum()
+                shares = (own @ directions.T).square().sum(0) / own.square().sum().clamp(min=1e-300)
             rows += [(entry, picture, number, share) for number, share in enumerate(shares.tolist(), start=1)]
     drawn = {}
     for entry, value in colours.items():

@@ -75,11 +75,12 @@ def session_variables(
 @command
 def main(
     arguments: list[str] | None = None,  # the command line by default
+    program: str = "aligned_mllm.apps.serve",  # its name in messages
 ) -> int:
     """Entry point of `python -m aligned_mllm.apps.serve`: serves until it is stopped. Returns exit status 2
     after one clear message for bad input."""
     parser = argparse.ArgumentParser(
-        prog="aligned_mllm.apps.serve",
+        prog=program,
         description="The widgets in a browser window of their own, on this machine only.",
     )
     parser.add_argument("--port", type=int, default=8866)

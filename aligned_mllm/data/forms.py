@@ -116,7 +116,8 @@ def _conversation(
         texts, answers = _prompt_and_completion(raw, place)
     if not isinstance(texts, list) or not texts:
         expected = 'a list of turns; or "messages", or "prompt" and "completion"'
-        raise InputError(f'{place}: "{key}" is {str(texts)[:60]!r}', expected, "correct the sample")
+        found = f'"{key}" is {str(texts)[:60]!r}' if key in raw else f"no {key!r} among {list(raw)[:6]}"
+        raise InputError(f"{place}: {found}", expected, "correct the sample")
     if not isinstance(texts[0], dict) or "role" not in texts[0]:
         return texts, _LLAVA, [], answers
     texts, named = _plain_messages(texts, place)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.utils import logging
 
 from ..core import InputError, from_source
 
@@ -121,6 +122,8 @@ def load_weights(
     running any code in them. Raises InputError, naming tensors or file."""
     require_readable(source, "generation_config.json")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "weights_only": True}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers' advice to train what is missing
     try:
         require_size(kind, source, options.get("config"))
         try:
@@ -132,6 +135,8 @@ def load_weights(
             print(f"{source} has no safetensors: the older files were read with weights_only=True")
     except Exception as error:  # damaged files end in errors of many kinds
         raise unreadable(source, error) from error
+    finally:
+        logging.set_verbosity(level)
     for key in ("missing_keys", "unexpected_keys"):
         found[key] = [name for name in found[key] if part in name and not any(each in name for each in apart)]
     require_all(model, found, str(source), unknown)

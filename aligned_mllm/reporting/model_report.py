@@ -291,8 +291,11 @@ def inside(
         expected = f"1 to {MOST} models, measures from {list(PAGE_MEASURES)}"
         raise InputError(found, expected, "correct the call")
     case = case_of(sources, output, **settings)
+    if not measures:  # of models without curves, nothing is said about learning
+        learnt = any((folder / "curves.csv").is_file() for folder in case.folders)
+        measures = [name for name in PAGE_MEASURES if learnt or name != "convergence"]
     sections = []
-    for name in (bar := tqdm(list(measures) or list(PAGE_MEASURES), desc="inside")):
+    for name in (bar := tqdm(measures, desc="inside")):
         bar.set_postfix_str(name)
         sections.append(section(case, name, measured(case, name, Path(output))))
     summary = (

@@ -177,6 +177,6 @@ def family_of(
         raise InputError(
             f"a vision encoder of type {model_type!r}",
             f"one of {list(FAMILIES)}",
-            "choose another teacher, or add a row to FAMILIES",
+            "choose another teacher, or add a row to teachers.families.FAMILIES",
         )
     return FAMILIES[model_type]

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core import InputError
 from ..data.records import Records
+from ..data.views import layout_of
 from ..models.compose import composed_model, in_form
 from ..models.load import add_position_code, fitted_processor, load_model, load_processor
 from ..models.trainable import STAGES, add_lora, train_only
@@ -51,7 +52,8 @@ def prepare_student(
         )
     if residual and getattr(model.config, "aligned_residual", None) is None:
         add_residual(model, config.residual_layer, config.residual)
-    model = model.to(WEIGHTS[config.weights])
+    for parameter in model.parameters():  # buffers stay: rotary frequencies must not be rounded
+        parameter.data = parameter.data.to(WEIGHTS[config.weights])
     if hasattr(model, "peft_config"):
         if config.lora_rank:
             raise InputError("lora_rank for a model with adapters", "one of the two", "leave out lora_rank")
@@ -113,7 +115,8 @@ def student_of(
     model: nn.Module | None = None,  # an image-text-to-text model, in place of the one that they name
     processor=None,  # of that model; by default the one saved with it
 ) -> tuple:
-    "(model, processor) with the right parts frozen, LoRA, position code and residual. Raises InputError."
+    """(model, processor) with the right parts frozen, LoRA, position code and residual. Raises InputError,
+    also for a family whose visual tokens have no known places."""
     if model is not None:
         processor = fitted_processor(processor or processor_of(model), model)
     elif not config.model:
@@ -124,6 +127,7 @@ def student_of(
         model, processor = STUDENTS[config.model].load(config)
     else:
         model, processor = load_model(config.model, WEIGHTS[config.weights])
+    layout_of(processor)
     return prepare_student(config, model), in_form(processor, config.chat, config.pad_to_square)
 
 # %% ../../nbs/lib/training/50_build.ipynb #e7f0c200

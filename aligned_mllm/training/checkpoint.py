@@ -89,7 +89,8 @@ def read_objectives(
         "unknown": found.keys() - wanted.keys(),
         "not finite": [key for key, value in found.items() if not value.isfinite().all()],
     }
-    require_kinds(kinds, str(path), f"each weight of {', '.join(name for name, _ in modules.named_children())}")
+    labels = [name for name, _ in modules.named_children()]
+    require_kinds(kinds, str(path), f"each weight of {', '.join(labels)}")
     return found
 
 # %% ../../nbs/lib/training/74_checkpoint.ipynb #c24254a1
@@ -153,8 +154,8 @@ def exported_objectives(
     folder: str | Path,  # of an exported model
     context: Context,  # with that model as its student
 ) -> list[Objective]:
-    """The objectives that were exported with a model, with their weights; an empty list if there are none. Raises
-    InputError."""
+    """The objectives that were exported with a model, with their weights; an empty list if there are none.
+    Raises InputError."""
     weights = Path(folder) / OBJECTIVES_FILE
     facts = Path(folder) / "objectives.json"
     if not weights.is_file() and not facts.is_file():

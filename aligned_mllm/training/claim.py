@@ -44,7 +44,10 @@ def start_of(
 
 # %% ../../nbs/lib/training/79_claim.ipynb #383cee4b
 # settings that are places, not choices: a resumed run may change them
-MAY_DIFFER = {"output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"}
+MAY_DIFFER = {
+    *("output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"),
+    *("not_finite", "not_finite_in_a_row", "logging_nan_inf_filter"),  # a run that stopped there may continue
+}
 
 # %% ../../nbs/lib/training/79_claim.ipynb #731d8da8
 def identity_of(
@@ -95,7 +98,8 @@ def require_same_run(
     compared = set(now) - free
     old = flat({key: value for key, value in before.items() if key in compared})
     new = flat({key: value for key, value in now.items() if key in compared})
-    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    keys = sorted({*old, *new}, key=lambda key: (key != "samples_per_step", key))
+    different = [key for key in keys if old.get(key) != new.get(key)]
     if not different:
         return
     said = []
@@ -137,6 +141,7 @@ def record_environment(
 # %% ../../nbs/lib/training/79_claim.ipynb #074838dc
 def objectives_record(
     config: AlignConfig,
+    objectives: dict,  # by label, as built
 ) -> dict[str, dict]:
     """For each objective beside the text loss: its layers and teacher, if any, its settings, and where
     embedded parts lie; for reports and figures."""
@@ -145,7 +150,7 @@ def objectives_record(
         if label != "text":
             values = vars(settings)
             found[label] = {
-                "layers": values.get("layers", []),
+                "layers": list(getattr(objectives[label], "layers", [])),
                 "teacher": values.get("teacher", ""),
                 "parts": config.parts,
                 "settings": values,
@@ -177,5 +182,5 @@ def claim_folder(
         now = {**environment(), "processes": config.world_size, "device": device}
         step = load_json(checkpoint / WHOLE, needs=("step",))["step"] if checkpoint else None
         record_environment(output, now, step)
-        save_json(objectives_record(config), output / "objectives.json")
+        save_json(objectives_record(config, trainer.model.objectives), output / "objectives.json")
     return done

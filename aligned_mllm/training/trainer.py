@@ -14,7 +14,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..core import InputError
@@ -23,6 +23,7 @@ from ..data.record import LeftOut
 from ..models.trainable import parameters_by_part
 from ..objectives.base import combine, text_positions
 from .checkpoint import load_aligned, save_aligned
+from .finite import FiniteTrainer
 from .model import with_targets
 from aligned_mllm.training.run_folder import (
     WHOLE,
@@ -125,7 +126,7 @@ def check_order(
             )
 
 # %% ../../nbs/lib/training/78_trainer.ipynb #76334e55
-class ResumableTrainer(Trainer):
+class ResumableTrainer(FiniteTrainer):
     """transformers' Trainer whose resumed run is an unbroken one: the order of samples depends on seed and
     epoch alone, each sample of an epoch counts once, and checkpoints are whole. Raises InputError."""
 
@@ -244,11 +245,6 @@ class TermTrainer(ResumableTrainer):
         self.logged_step = self.state.global_step
         return found
 
-    @property
-    def shares_weights(self) -> bool:
-        "Whether processes share out the weights."
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of a step with their targets, and the count of each term over all processes."
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -278,20 +274,29 @@ class TermTrainer(ResumableTrainer):
         output = model(inputs)
         counts = self.counts([inputs]) if num_items_in_batch is None else num_items_in_batch.tolist()
         counts = dict(zip(self.model.objectives, counts))
-        for term in output["terms"]:
-            mean = (term.total.detach() / max(counts[term.name], 1)).double().to(self.args.device)
-            self.sums[term.name] = self.sums.get(term.name, 0) + mean
+        shares = {term.name: term.total.detach() / max(counts[term.name], 1) for term in output["terms"]}
+        shares = {name: share.double().to(self.args.device) for name, share in shares.items()}
+        indices = inputs["index"].tolist() if inputs["targets"] and "index" in inputs else []
+        self.micro_batches.append((indices, shares))
         loss = combine(output["terms"], counts) * self.accelerator.num_processes
         if not inputs["targets"]:
             loss = loss + 0 * output["logits"].float().sum()
         return (loss, output) if return_outputs else loss
 
+    def check_step(self, norm):
+        super().check_step(norm)
+        for _, shares in self.micro_batches:  # none of a step that is left out
+            for name, share in shares.items():
+                self.sums[name] = self.sums.get(name, 0) + share
+
     def log(self, logs, start_time=None):
-        "Add each term's mean over the steps since the last line."
+        "Add each term's mean over the steps since the last line, without those that were left out."
         if "loss" in logs:
             steps = max(self.state.global_step - self.logged_step, 1)
+            made = steps - sum(row[0] > self.logged_step for row in self.left_out)
+            logs["loss"] *= steps / made if made else float("nan")
             for name, value in self.sums.items():
-                logs[f"loss_{name}"] = round(self.accelerator.reduce(value, "sum").item() / steps, 6)
+                logs[f"loss_{name}"] = round(self.accelerator.reduce(value, "sum").item() / made, 6)
             self.sums = {}
             self.logged_step = self.state.global_step
         if self.args.too_long == "leave_out" and ("loss" in logs or "train_loss" in logs):
