@@ -97,8 +97,11 @@ def kills(folder: Path, seed: int, numbers: list[int], workers: int) -> Iterator
         found = soak_kills.case(folder, seed, number)
         return {**found, "number": number, "seconds": time.perf_counter() - begin}
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         yield from (each.result() for each in as_completed([pool.submit(one, number) for number in numbers]))
+    finally:  # Ctrl-C does not wait for cases that have not begun
+        pool.shutdown(cancel_futures=True)
 
 
 def carried_out(part: str, rows: Iterator[dict], count: int, table: Path) -> None:

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import teacher_checks
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_models import tiny
 
@@ -17,6 +18,7 @@ from aligned_mllm.core import InputError, checksum, load_json, save_json
 from aligned_mllm.data.images import rgb_image
 from aligned_mllm.objectives.base import Context, objective_class, settings_of
 from aligned_mllm.reporting.model_card import NEEDED, model_card
+from aligned_mllm.teachers.cache import FeatureCache
 from aligned_mllm.teachers.vision import load_teacher
 from aligned_mllm.training.checkpoint import export_objectives, exported_objectives
 from aligned_mllm.training.model import AlignedModel
@@ -101,7 +103,8 @@ def test_files_of_a_model_that_transformers_passes_over(tmp_path):
     model, processor = tiny("llava")
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    for name, content in (("generation_config.json", "{"), ("chat_template.jinja", "{% for message in")):
+    damages = (("generation_config.json", "{"), ("chat_template.jinja", "{% for message in"))
+    for name, content in (*damages, ("chat_template.jinja", "{{ messages }}\0")):
         whole = (tmp_path / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert f"{name} cannot be read" in refused(load_model, tmp_path)
@@ -153,3 +156,20 @@ def test_exported_objectives(tmp_path):
     assert "objectives.json" in refused(exported_objectives, tmp_path, context)
     (tmp_path / "objectives.json").unlink()
     assert "objectives.json" in refused(exported_objectives, tmp_path, context)
+
+
+def test_an_adapter_and_a_cache_with_other_settings(tmp_path):
+    model, processor = tiny("llava")
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    base, _ = load_model(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    load_model(tmp_path / "adapter")
+    settings = load_json(tmp_path / "adapter" / "adapter_config.json")
+    save_json(settings | {"target_modules": None}, tmp_path / "adapter" / "adapter_config.json")
+    assert "adapter" in refused(load_model, tmp_path / "adapter")
+    teacher = load_teacher("dense")
+    FeatureCache(tmp_path / "cache", teacher)
+    for content in (b"[]", b"null", b"{}", b"\xff"):
+        (tmp_path / "cache" / "cache.json").write_bytes(content)
+        assert str(tmp_path / "cache") in refused(FeatureCache, tmp_path / "cache", teacher)

@@ -46,7 +46,10 @@ def read_file(
     if path.suffix == ".jinja":
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        _compile_jinja_template(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if "\0" in text:
+            raise ValueError("a byte 0 in the text")
+        _compile_jinja_template(text)
 
 # %% ../../nbs/lib/models/07_weights.ipynb #e7a10008
 def fault_in(
