@@ -118,6 +118,10 @@ def test_tables_and_facts_of_a_run(tmp_path):
     save_json({"model_type": "llava"}, tmp_path / "model" / "config.json")
     save_json({"steps": 2, "checksum": "a1", "seconds": 1.0}, tmp_path / "done.json")
     assert "Not scored" in model_card(tmp_path)
+    done = load_json(tmp_path / "done.json")
+    save_json(done | {"export": {"update_error": 0.0}}, tmp_path / "done.json")
+    assert "done.json lacks 'logits_difference'" in refused(model_card, tmp_path)
+    save_json(done, tmp_path / "done.json")
     (tmp_path / "environment.json").write_text("[]", encoding="utf-8")
     assert "environment.json" in refused(model_card, tmp_path)
     for content in (b"", b"step,name,value\n1,loss,0.x\n", b"step,name,v\xffl\n", b"step,name\n1,loss\n"):

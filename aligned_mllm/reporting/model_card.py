@@ -71,6 +71,11 @@ def export_sentences(
     if "export" not in done:
         return ""
     export = done["export"]
+    names = ("update_error", "logits_difference", "logits_deviation")
+    missing = [name for name in names if name not in export]
+    if missing:
+        expected = "the numbers that a run writes"
+        raise InputError(f"export in done.json lacks {missing[0]!r}", expected, "restore the file")
     return (
         "Its adapters are merged in float32 and rounded once to the type of the base model: the saved update "
         f"differs from the trained one by {100 * export['update_error']:.2g} % (relative norm over the "
@@ -80,7 +85,7 @@ def export_sentences(
         "onto their base model."
     )
 
-# %% ../../nbs/lib/reporting/40_model_card.ipynb #f0a1d024
+# %% ../../nbs/lib/reporting/40_model_card.ipynb #f0a1d0c5
 NEEDED = {  # files of a run folder that a card is written from, and what each must have
     "config": ("stage", "recipe", "records_digest"),
     "done": ("steps", "checksum"),
