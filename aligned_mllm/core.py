@@ -127,17 +127,24 @@ def data_folder() -> Path:
 def path_inside(
     root: str | Path,  # folder that the path must stay inside
     name: str,  # the path in a record
+    follow_links: bool = False,  # links in the folder may lead anywhere: for a folder that you trust
 ) -> Path:
     "`root/name`, with links resolved; raises InputError if that is outside `root`."
     root = Path(root).resolve()
+    written = Path(os.path.normpath(root / name))
     path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise InputError(
-            f"path {name!r} leads out of {root}",
-            "a path below that folder",
-            "correct the record, or choose a higher image folder",
-        )
-    return path
+    linked = written.is_relative_to(root)  # the name stays inside: only a link leads out
+    if linked and follow_links:
+        return written.resolve()
+    if path.is_relative_to(root):
+        return path
+    raise InputError(
+        f"path {name!r} leads out of {root}{' by a link' if linked else ''}",
+        "a path below that folder",
+        "replace the link by its file, or, for images of a folder that you trust, set follow_links=true"
+        if linked
+        else "correct the record, or choose a higher image folder",
+    )
 
 # %% ../nbs/lib/00_core.ipynb #f3d92b4f
 def is_hub_id(

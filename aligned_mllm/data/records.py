@@ -103,12 +103,14 @@ def scan_file(
     image_folder: str | Path | None = None,  # images must exist here; None: not checked
     broken: str = "raise",  # "leave_out": list broken samples instead of raising at the first
     repair: bool = True,  # repair the faults of data.forms.REPAIRS
+    follow_links: bool = False,  # links in the image folder may lead anywhere
 ) -> tuple[np.ndarray, Checked]:
     "(samples, 3) first byte, bytes and line of every good sample, and the findings; raises InputError."
     path = str(path)
     find_image = str
     if image_folder is not None:  # many samples share an image: each is looked up once
-        find_image = lru_cache(2**16)(partial(image_path, image_folder=image_folder))
+        find = partial(image_path, image_folder=image_folder, follow_links=follow_links)
+        find_image = lru_cache(2**16)(find)
     checked = Checked(broken, repair, find_image)
     spans = array("q")
     progress = {"unit": "B", "unit_scale": True, "desc": Path(path).name, "delay": 1, "leave": False}
@@ -133,6 +135,7 @@ class Records(Sequence):
         broken: str = "raise",  # "raise" at the first broken sample, or "leave_out" and list in .left_out
         check_images: bool = True,  # whether every image file must exist
         repair: bool = True,  # repair the faults of data.forms.REPAIRS and count them in .repairs
+        follow_links: bool = False,  # links in the image folder may lead anywhere: for one that you trust
     ):
         self.path = Path(path)
         self.image_folder = self.path.parent if image_folder is None else Path(image_folder)
@@ -147,8 +150,9 @@ class Records(Sequence):
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         self.digest = digest[:16]  # identifies the content in a run folder
         self.repair = repair
+        self.follow_links = follow_links
         folder = self.image_folder if check_images else None
-        self._spans, checked = scan_file(self.path, folder, broken, repair)
+        self._spans, checked = scan_file(self.path, folder, broken, repair, follow_links)
         self.left_out = checked.left_out
         self.repairs = checked.repairs
         self.first_system = checked.first_system  # index of the first record with a system turn, or None
@@ -175,9 +179,13 @@ class Records(Sequence):
         raw = json.loads(content.decode("utf-8-sig"))
         return parse_record(raw, f"{self.path}:{line}", [] if self.repair else None)
 
+    def find_image(self, name: str) -> Path:
+        "The file of the image of that name in a record. Raises InputError for a missing one."
+        return image_path(name, self.image_folder, self.follow_links)
+
     def image(self, name: str) -> Image.Image:
         "The image of that name in a record, in RGB. Raises InputError for a missing, broken or huge one."
-        return open_image(name, self.image_folder)
+        return open_image(name, self.image_folder, follow_links=self.follow_links)
 
     def __repr__(self) -> str:
         counts = f"{len(self)} records, {len(self.left_out)} left out"

@@ -138,7 +138,8 @@ class ParquetRows:
 
     def _table(self, number: int):
         "The table of a group; raises InputError for a file that has changed."
-        if number not in self._tables:
+        table = self._tables.get(number)  # threads share the tables
+        if table is None:
             file, group = self.groups[number]
             path = self.paths[file]
             if self._state(path) != self.states[file]:
@@ -146,13 +147,13 @@ class ParquetRows:
                 raise InputError(fault, "the same file", "open it again")
             facts = _parquet_file(path)
             names = _columns_of(facts.schema_arrow.names, str(path))
-            kept = list(self._tables.items())[-1:]
             with _reading(path):
                 table = facts.read_row_group(group, columns=names)
                 if table.num_rows != self.starts[number + 1] - self.starts[number]:
                     raise OSError(f"{table.num_rows} rows in group {group}")
-            self._tables = dict([*kept, (number, table)])
-        return self._tables[number]
+            self._tables = dict([*list(self._tables.items())[-1:], (number, table)])
+            return table
+        return table
 
     def take(self, start: int, stop: int) -> list[dict]:
         "Rows `start` to `stop`."
@@ -274,15 +275,18 @@ class RowRecords(Sequence):
         image_folder: str | Path | None = None,  # for rows that name image files
         broken: str = "raise",  # "raise" at the first broken row, or "leave_out" and list in .left_out
         repair: bool = True,  # repair the faults of data.forms.REPAIRS and count them in .repairs
+        check_images: bool = True,  # whether every image file must exist
+        follow_links: bool = False,  # links in the image folder may lead anywhere: for one that you trust
     ):
         self.rows = rows
         self.repair = repair
+        self.follow_links = follow_links
         self._folder = None if image_folder is None else Path(image_folder)
         self.inside = False  # whether any picture is in the table
         self._last = (-1, {})
         self._name = ""
         pictures = {}
-        find_file = lru_cache(2**16)(self._file)
+        find_file = lru_cache(2**16)(self._file if check_images else str)
         checked = Checked(broken, repair, lambda name: name in pictures or find_file(name))
         digest = hashlib.sha256()
         self._kept = array("q")
@@ -315,7 +319,7 @@ class RowRecords(Sequence):
             fault = f"image {name!r} is a file, and no folder is given"
             remedy = "pass it as image_folder; for a run, set images"
             raise InputError(fault, "the folder of the images", remedy)
-        return image_path(name, self._folder)
+        return image_path(name, self._folder, self.follow_links)
 
     @property
     def image_folder(self) -> Path | None:
@@ -334,11 +338,14 @@ class RowRecords(Sequence):
         self._last = (row, pictures)
         return parse_record(raw, self.rows.place(row), [] if self.repair else None)
 
+    def find_image(self, name: str) -> Path | None:
+        "The file of the image of that name, None for one in the table. Raises InputError for a missing one."
+        return None if self.inside and name.startswith(self._name) else self._file(name)
+
     def image(self, name: str) -> Image.Image:
         "The image of that name in a record, in RGB. Raises InputError for a missing, broken or huge one."
-        if not self.inside or not name.startswith(self._name):
-            self._file(name)
-            return open_image(name, self._folder)
+        if self.find_image(name) is not None:
+            return open_image(name, self._folder, follow_links=self.follow_links)
         row, number = map(int, name.removeprefix(self._name).split(":"))
         last, pictures = self._last
         if last != row:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import InputError
+from .record import BrokenSample
 
 # %% ../../nbs/lib/data/10_views.ipynb #88799c9c
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ def base_and_tiles(processor, index: int, sizes: Sequence[tuple[int, int]], inpu
     count, breaks = processor._get_unpadded_features(height, width, rows, columns, down, across)
     numbered = torch.arange(rows * down * columns * across).reshape(1, rows * down, columns * across)
     kept = unpad_image(numbered, (height, width))[0]
+    if not kept.numel():
+        fault = f"image {index + 1} has {width} x {height} pixels, too narrow for a patch of its tiles"
+        raise BrokenSample(fault, "sides that differ less", "crop the image, or leave its record out")
     top, left = divmod(int(kept[0, 0]), columns * across)
     bottom, right = divmod(int(kept[-1, -1]), columns * across)
     blank = np.broadcast_to(np.uint8(0), (3, height, width))

@@ -106,7 +106,10 @@ def teacher_targets(
     if "mean" in settings.target:  # a dry run has no records, and nobody reads its mean
         mean = mean_over_images(teacher, records) if records else torch.zeros(1, 1, teacher.width)
     disk = FeatureCache(settings.teacher_cache, teacher) if settings.teacher_cache and records else None
-    return Targets(teacher, Pairing(settings.target, mean), disk=disk, image_folder=folder)
+    links = getattr(records, "follow_links", False)
+    return Targets(
+        teacher, Pairing(settings.target, mean), disk=disk, image_folder=folder, follow_links=links
+    )
 
 # %% ../../nbs/lib/objectives/30_viral.ipynb #840d5782
 def normed_layer(

@@ -55,6 +55,17 @@ def position_mean(
     means = (features * weight).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)
     return torch.where(keep.any(0)[None, :, None], means, features[keep].mean(0))
 
+# %% ../../nbs/lib/teachers/20_targets.ipynb #889ae59b
+def _readable(
+    records: Records,
+    name: str,  # of an image
+):
+    "The image, None for one that cannot be read: the check of a run's samples reports it."
+    try:
+        return records.image(name)
+    except InputError:
+        return None
+
 # %% ../../nbs/lib/teachers/20_targets.ipynb #889ae59c
 def mean_over_images(
     teacher: Teacher,  # frozen
@@ -66,7 +77,7 @@ def mean_over_images(
     names = list(dict.fromkeys(every))[:limit]
     parts = []
     for start in range(0, len(names), 64):
-        images = [records.image(name) for name in names[start : start + 64]]
+        images = list(filter(None, (_readable(records, name) for name in names[start : start + 64])))
         parts.append(teacher.features(teacher.pixels(images)))
     return position_mean(torch.cat(parts))
 
@@ -186,6 +197,7 @@ class Targets:
         cache_mib: int = 512,  # memory for features
         disk=None,  # a FeatureCache, for features that outlive the run
         image_folder: str | Path | None = None,  # the folder of the images, for the disk cache
+        follow_links: bool = False,  # links in that folder may lead anywhere
     ):
         if disk is not None and image_folder is None:
             raise InputError(
@@ -198,7 +210,8 @@ class Targets:
         self.disk = disk
         self.cache: dict[BatchView, Tensor] = {}
         self.free_bytes = cache_mib * 2**20
-        self.path_of = lru_cache(65536)(partial(path_inside, image_folder))
+        inside = partial(path_inside, image_folder, follow_links=follow_links)
+        self.path_of = lru_cache(65536)(inside)
 
     def __call__(self, batch: dict, pixels: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """(features (V, D), keep (V,) bool) of a batch, in the order of its visual tokens. pixels: the

@@ -43,10 +43,11 @@ def start_of(
     return weights_digest(config.model) or config.model
 
 # %% ../../nbs/lib/training/79_claim.ipynb #383cee4b
-# settings that are places, not choices: a resumed run may change them
+# settings that are places, not choices, or about faults: a resumed run may change them
 MAY_DIFFER = {
     *("output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"),
     *("not_finite", "not_finite_in_a_row", "logging_nan_inf_filter"),  # a run that stopped there may continue
+    *("broken_records", "too_long", "check_samples", "follow_links"),  # see training.checked
 }
 
 # %% ../../nbs/lib/training/79_claim.ipynb #731d8da8

@@ -63,6 +63,12 @@ class AlignConfig(TrainingArguments):
     broken_records: str = setting(
         "raise", "'raise', or 'leave_out': continue without them; left_out.csv lists them"
     )
+    check_samples: bool = setting(
+        True, "decode all pictures and count tokens before the first step; false: images must exist, no more"
+    )
+    follow_links: bool = setting(
+        False, "links in the image folder may lead out of it: for a folder that you trust"
+    )
     repair_records: bool = setting(
         True, "repair small faults as LLaVA's loader does, see data.forms.REPAIRS; repairs.csv counts them"
     )
@@ -134,6 +140,7 @@ class AlignConfig(TrainingArguments):
             "residual": ("", *RESIDUALS),
             "chat": ("", *CHATS),
             "too_long": TOO_LONG,
+            "broken_records": TOO_LONG,
             "not_finite": NOT_FINITE,
             "logging_nan_inf_filter": (False,),
         }

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'WHOLE', 'RunFolder', 'size_and_code', 'mark_whole', 'require_whole', 'remove_checkpoint', 'checkpoints_of',
-           'remove_older', 'last_checkpoint', 'remove_leftovers', 'save_left_out', 'save_repairs', 'merged_left_out']
+           'remove_older', 'last_checkpoint', 'remove_leftovers', 'save_left_out', 'save_repairs', 'merged_left_out',
+           'saves_of', 'bytes_to_save']
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #cf2b0913
 import csv
+import math
 import os
 import re
 import shutil
@@ -19,6 +21,9 @@ from transformers import TrainerCallback
 
 from ..core import InputError, load_json, save_json, whole_file
 from ..data.record import LeftOut, Repairs
+from .build import STUDENTS
+from .config import AlignConfig
+from .estimate import steps_of
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #a2119809
 CURVES = ("loss", "grad_norm", "learning_rate", "eval_")  # beginnings of the names that curves.csv keeps
@@ -183,3 +188,36 @@ def merged_left_out(
         with open(path, newline="", encoding="utf-8") as handle:
             before = [LeftOut(*row) for row in list(csv.reader(handle))[1:]]
     return list(dict.fromkeys([*before, *found]))
+
+# %% ../../nbs/lib/training/76_run_folder.ipynb #dad22ce3
+def saves_of(
+    config: AlignConfig,
+    samples: int,  # to train on
+) -> int:
+    "How many checkpoints a run writes."
+    steps = config.max_steps
+    if steps <= 0:
+        batch = config.train_batch_size
+        accumulation = config.gradient_accumulation_steps
+        steps = steps_of(samples, batch, config.world_size, accumulation, config.num_train_epochs)
+    every = config.save_steps if config.save_steps >= 1 else max(1, steps * config.save_steps)
+    counts = {"no": 0, "steps": steps / every, "epoch": config.num_train_epochs}
+    return math.ceil(counts.get(str(config.save_strategy.value), 1))
+
+# %% ../../nbs/lib/training/76_run_folder.ipynb #dad22ce4
+def bytes_to_save(
+    config: AlignConfig,
+    student,  # as prepared
+    samples: int,  # to train on
+) -> int:
+    """Space that a run needs: the checkpoints that stay and the next one, and the exported model. With LoRA a
+    checkpoint has the trained weights alone; the optimizer keeps two numbers for each of them."""
+    every = sum(parameter.numel() for parameter in student.parameters())
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    adapters = hasattr(student, "peft_config")
+    saved = trained if adapters else every
+    kept = trained + (every if config.model in STUDENTS else 0) if adapters else 0  # beside the merged model
+    saves = saves_of(config, samples)
+    if config.save_total_limit:
+        saves = min(saves, config.save_total_limit + 1)
+    return 4 * (saves * (saved + 2 * trained) + every + kept) + 2**26

@@ -18,8 +18,8 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..core import InputError
+from ..data.check import Finding
 from ..data.collate import estimated_lengths, left_out_of
-from ..data.record import LeftOut
 from ..models.trainable import parameters_by_part
 from ..objectives.base import combine, text_positions
 from .checkpoint import load_aligned, save_aligned
@@ -97,12 +97,27 @@ class Filled(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int | None):
-        return None if index is None else self.samples[index]
+        try:
+            return None if index is None else self.samples[index]
+        except InputError as error:  # which would lose its type on the way out of a worker process
+            return error
 
     def collate(self, items: list) -> dict:
         "A batch of the samples among the items; if there are none, the first sample of all with no target."
+        for item in items:
+            if isinstance(item, InputError):
+                return {"error": item}
         samples = [item for item in items if item is not None]
         return self.collator(samples) if samples else {**self.collator([self.samples[0]]), "targets": {}}
+
+# %% ../../nbs/lib/training/78_trainer.ipynb #5d00ebde
+def _without_error(
+    batch: dict,  # from `Filled.collate`
+) -> dict:
+    "The batch; raises the InputError of a sample in it."
+    if isinstance(batch, dict) and "error" in batch:
+        raise batch["error"]
+    return batch
 
 # %% ../../nbs/lib/training/78_trainer.ipynb #abf5dc4f
 def check_order(
@@ -174,6 +189,9 @@ class ResumableTrainer(FiniteTrainer):
         finally:
             self.data_collator = samples.collator
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(map(_without_error, epoch_iterator), num_batches, device)
+
     def _run_epoch(self, epoch, **keywords):
         if self.state.global_step >= self.state.max_steps:  # stopped after its last step
             self.control.should_training_stop = True
@@ -234,7 +252,7 @@ class TermTrainer(ResumableTrainer):
         super().__init__(*arguments, **keywords)
         self.sums = {}  # term to its sum over the steps since the last log line
         self.logged_step = 0
-        self.too_long: set[int] = set()  # samples left out for their length, of this process
+        self.passed_over: set[int] = set()  # samples in whose place others were used, of this process
         unused_not_allowed = self.args.world_size > 1 and self.args.ddp_find_unused_parameters is False
         if self.shares_weights or unused_not_allowed:
             self.model.use_every_weight()
@@ -249,7 +267,7 @@ class TermTrainer(ResumableTrainer):
         "The micro-batches of a step with their targets, and the count of each term over all processes."
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         with_asked = [batch for batch in batches if "asked" in batch]
-        self.too_long |= left_out_of(with_asked, len(self.train_dataset))
+        self.passed_over |= left_out_of(with_asked, len(self.train_dataset))
         found = [batch for batch in batches if "targets" not in batch]
         fillers = batches[len(found) :]  # see Filled
         batches = with_targets(found, self.model.objectives.values()) if found else []
@@ -299,20 +317,24 @@ class TermTrainer(ResumableTrainer):
                 logs[f"loss_{name}"] = round(self.accelerator.reduce(value, "sum").item() / made, 6)
             self.sums = {}
             self.logged_step = self.state.global_step
-        if self.args.too_long == "leave_out" and ("loss" in logs or "train_loss" in logs):
-            self.save_too_long()
+        choices = (self.args.too_long, self.args.broken_records)
+        if "leave_out" in choices and ("loss" in logs or "train_loss" in logs):
+            self.save_passed_over()
         super().log(logs, start_time)
 
-    def save_too_long(self) -> None:
-        "List the samples left out for their length, of all processes and of an earlier part of the run."
-        every = sorted(set(gather_object(sorted(self.too_long))))
+    def save_passed_over(self) -> None:
+        "List the samples that were passed over, of all processes and of an earlier part of the run."
+        every = sorted(set(gather_object(sorted(self.passed_over))))
         if not self.is_world_process_zero():
             return
         records = self.train_dataset.records
-        reason = f"no answer, or not every image, within max_length {self.args.max_length}"
-        found = [LeftOut(records[index].where, records[index].id, reason) for index in every]
-        path = Path(self.args.output_dir) / "too_long.csv"
-        save_left_out(merged_left_out(path, found), path)
+        faults = {index: self.train_dataset.fault(index) for index in every}
+        found = [Finding.of(index, records[index], fault) for index, fault in faults.items() if fault]
+        for kind, name in (("too_long", "too_long.csv"), ("broken", "left_out.csv")):
+            path = Path(self.args.output_dir) / name
+            rows = [each.left_out for each in found if each.kind == kind]
+            if rows:
+                save_left_out(merged_left_out(path, rows), path)
 
     def create_optimizer(self, model=None):
         "transformers' optimizer; with `projector_learning_rate` the projector has groups of its own."
