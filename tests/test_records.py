@@ -62,7 +62,7 @@ BROKEN = {
     "empty image": (sample(image=""), "\"image\" is ''"),
     "empty name in a list": (sample(image=["a.png", ""]), '"image" is'),
     "zero byte in a name": (sample(image="a\0.png"), '"image" is'),
-    "no conversation": ({"id": "7"}, "\"conversations\" is 'None'"),
+    "no conversation": ({"id": "7"}, "no 'conversations' among ['id']"),
     "empty conversation": ({"id": "7", "conversations": []}, "\"conversations\" is '[]'"),
     "gpt first": (
         {"id": "7", "conversations": turns(("gpt", "two"), ("human", "how"))},
