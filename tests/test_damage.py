@@ -118,6 +118,9 @@ def test_tables_and_facts_of_a_run(tmp_path):
     save_json({"model_type": "llava"}, tmp_path / "model" / "config.json")
     save_json({"steps": 2, "checksum": "a1", "seconds": 1.0}, tmp_path / "done.json")
     assert "Not scored" in model_card(tmp_path)
+    (tmp_path / "scores.csv").touch()  # its scores.json is lost
+    assert "has no scores" in refused(model_card, tmp_path)
+    (tmp_path / "scores.csv").unlink()
     done = load_json(tmp_path / "done.json")
     save_json(done | {"export": {"update_error": 0.0}}, tmp_path / "done.json")
     assert "done.json lacks 'logits_difference'" in refused(model_card, tmp_path)

@@ -118,7 +118,7 @@ def model_card(
     plain = load_json(run / "model" / "config.json", needs=("model_type",))
     marked = plain["model_type"].startswith("aligned_")
     runs = [run, *map(Path, beside)]
-    scored = bool(beside) or (run / "scores.json").is_file()
+    scored = bool(beside) or any((run / f"scores.{end}").is_file() for end in ("json", "csv"))
     scores = markdown_table(score_columns(runs)) if scored else "Not scored."
     front = [
         "---",
