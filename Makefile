@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment quick gpu lab app docs test tests-long tests-pages tests-short notebooks browser clean
+.PHONY: help setup experiment quick gpu lab app docs test tests-long tests-pages tests-short notebooks soak browser clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ tests-short:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 tests $(LONG:%=--ignore=%) $(PAGES:%=--ignore=%)
 notebooks:
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^tutorials$$'  # docs executes these
+
+soak: .venv/ready  ## kill runs, damage files: 200 and 5,000 cases in twenty minutes (ARGS="--kills 20 --damages 200 --seed 1")
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
 
 browser: .venv/ready
 	@command -v chromium >/dev/null || $(BIN)/playwright install chromium || echo "No Chromium: the browser tests will be skipped"

@@ -17,7 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -238,16 +238,24 @@ def save_json(
 # %% ../nbs/lib/00_core.ipynb #78aca386
 def load_json(
     path: str | Path,  # a JSON file
+    needs: Sequence[str] | None = None,  # keys of the object that it holds; None: any value will do
 ):
-    "The value in a JSON file; raises InputError if the file is missing or not JSON."
+    "The value in a JSON file; raises InputError if the file is missing, not JSON, or lacks a key."
+    remedy = "delete the file and run again"
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = "check the path, or let the run finish first"
-        raise InputError(f"no file {path}", "a JSON file of a run folder", remedy) from None
-    except json.JSONDecodeError as error:
-        remedy = "delete the file and run again"
+        where = "check the path, or let the run finish first"
+        raise InputError(f"no file {path}", "a JSON file of a run folder", where) from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error})", "valid JSON", remedy) from None
+    if needs is None:
+        return value
+    missing = [key for key in needs if key not in value] if isinstance(value, dict) else ["no object"]
+    if missing:
+        expected = f"an object with {', '.join(needs) or 'any keys'}"
+        raise InputError(f"{path} lacks {missing[0]!r}", expected, remedy)
+    return value
 
 # %% ../nbs/lib/00_core.ipynb #5bc8cfd1
 def require_space(

@@ -152,8 +152,10 @@ def test_the_same_lines_resume_and_then_refuse(runs, small_data, tmp_path):
     again().train()
     assert load_json(tmp_path / "run" / "done.json")["resumed"]
     assert (losses(tmp_path / "run") == losses(runs / "llava")).all()
+    (tmp_path / "run" / "checkpoint-1").mkdir()  # its process was killed while it removed the checkpoints
     with pytest.raises(InputError, match="holds a finished run"):
         again().train()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
     with pytest.raises(InputError, match="no such argument"):
         again().train(resume_from_checkpoint=str(tmp_path))
 

@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core import InputError, load_json
-from ..evals.statistics import interval, interval_words, require_columns
+from ..evals.statistics import interval, interval_words, read_table, require_columns
 from ..figures import add_curve, blank_figure, escaped, styles_of, with_axes
 
 # %% ../../nbs/lib/analysis/90_convergence.ipynb #7ef86e04
@@ -36,11 +36,11 @@ def read_run_curves(
         file = folder / "curves.csv"
         if not file.is_file():
             raise InputError(f"no curves.csv in {folder}", "a run folder", "check the path, or start the run")
-        done = load_json(folder / "done.json") if (folder / "done.json").is_file() else {}
-        curves = pd.read_csv(file)
-        require_columns(curves, ("step", "name", "value"), str(file))
+        done = folder / "done.json"
+        done = load_json(done, needs=("seconds", "steps")) if done.is_file() else {}
+        curves = read_table(file, ("step", "name", "value"), numbers=("step", "value"))
         seconds = done["seconds"] / done["steps"] * curves.step if done.get("steps") else float("nan")
-        seed = int(load_json(folder / "config.json").get("seed", 0))
+        seed = load_json(folder / "config.json", needs=()).get("seed", 0)
         parts.append(curves.assign(model=model, seed=seed, seconds=seconds))
     table = pd.concat(parts, ignore_index=True)[["model", "seed", "step", "seconds", "name", "value"]]
     doubled = table[table.duplicated(["model", "seed", "step", "name"])]

@@ -274,7 +274,7 @@ def encode(
     if text.count(processor.image_token) != len(images):
         count = text.count(processor.image_token)
         raise InputError(
-            f"{count} image tokens in the text of {place}",
+            f"{count} image tokens in what the chat template makes of {place}",
             f"{len(images)}, one for each image",
             "give the record one placeholder per image, or set another chat template",
         )
@@ -286,7 +286,7 @@ def encode(
     visual_mask = ids == layout.token_id(processor)
     if visual_mask.sum() != len(views.patches):
         raise InputError(
-            f"{visual_mask.sum()} placeholders for {place}",
+            f"{visual_mask.sum()} placeholders by the processor for {place}",
             f"{len(views.patches)}, by its images",
             "use the processor that was saved with the model",
         )

@@ -80,7 +80,11 @@ def rgb_image(
         with nullcontext(source) if already else Image.open(source, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > pixel_limit:
                 raise ValueError(f"{image.width} x {image.height} pixels, the limit is {pixel_limit}")
-            return to_rgb(ImageOps.exif_transpose(image))
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+        if not already and image.format == "PNG":  # Pillow decodes one whose checksums are wrong
+            with Image.open(source, formats=IMAGE_FORMATS) as image:
+                image.verify()
+        return rgb
     except UnidentifiedImageError:
         fault = "not in a supported format"
     except _DECODER_ERRORS as error:

@@ -12,7 +12,8 @@ import operator
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -146,7 +147,10 @@ class ParquetRows:
                 raise InputError(fault, "the same file", "open it again")
             facts = _parquet_file(path)
             names = _columns_of(facts.schema_arrow.names, str(path))
-            table = facts.read_row_group(group, columns=names)
+            with _reading(path):
+                table = facts.read_row_group(group, columns=names)
+                if table.num_rows != self.starts[number + 1] - self.starts[number]:
+                    raise OSError(f"{table.num_rows} rows in group {group}")
             self._tables = dict([*list(self._tables.items())[-1:], (number, table)])
             return table
         return table
@@ -157,7 +161,9 @@ class ParquetRows:
         while start < stop:
             number = bisect_right(self.starts, start) - 1
             count = min(stop, self.starts[number + 1]) - start
-            found += _rows_of(self._table(number).slice(start - self.starts[number], count))
+            part = self._table(number).slice(start - self.starts[number], count)
+            with _reading(self.paths[self.groups[number][0]]):
+                found += _rows_of(part)
             start += count
         return found
 
@@ -166,21 +172,32 @@ class ParquetRows:
         file = bisect_right(self.first_rows, row) - 1
         return f"{self.paths[file]}:row {row - self.first_rows[file]}"
 
+# %% ../../nbs/lib/data/07_rows.ipynb #b7e1d3f5
+@contextmanager
+def _reading(
+    path: Path,  # a Parquet file
+) -> Iterator[None]:
+    "Raises InputError for whatever pyarrow finds wrong with a file."
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        fault = f"{path}: {' '.join(str(error).split())}"
+        raise InputError(fault, "a Parquet file", "restore the file") from None
+
 # %% ../../nbs/lib/data/07_rows.ipynb #91b5b126
 def _parquet_file(
     path: Path,
 ):
     "pyarrow's view of a file; raises InputError without pyarrow, or for another kind of file."
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         remedy = "pip install pyarrow (it is in the extra [data]), or save the data as JSON lines"
         raise InputError(f"{path} without the package pyarrow", "pyarrow to read Parquet", remedy) from None
-    try:
+    with _reading(path):
         return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: {error}", "a Parquet file", "restore the file") from None
 
 # %% ../../nbs/lib/data/07_rows.ipynb #ac3ef0c4
 def _picture(

@@ -100,6 +100,9 @@ def with_adapter(
 
     config = from_source(PeftConfig, source)
     config.base_model_name_or_path = getattr(model, "name_or_path", None)  # PEFT warns of another name
-    wrapped = get_peft_model(model, config)
+    try:
+        wrapped = get_peft_model(model, config)
+    except Exception as error:  # settings that do not fit the model end in errors of many kinds
+        raise unreadable(source, error, "adapter") from error
     set_peft_model_state_dict(wrapped, read_adapter(wrapped, source))
     return merged_adapters(wrapped)[0]

@@ -18,7 +18,7 @@ from ..data.views import known_layout
 from .adapters import adapter_base, with_adapter
 from .compose import fill_padding_token, require_vocabulary
 from .residual import add_residual, restore_residual
-from .weights import fault_in, load_weights, unreadable
+from .weights import fault_in, load_weights, require_readable, unreadable
 
 # %% ../../nbs/lib/models/15_load.ipynb #f8f6f3d1
 def position_code(
@@ -103,6 +103,7 @@ def load_processor(
         raise InputError(
             f"no processor from {source}: {reason}", "the processor saved with the model", remedy
         ) from error
+    require_readable(source, "*.jinja", "processor of")
     require_vocabulary(processor.tokenizer, source)
     return processor
 

@@ -88,7 +88,7 @@ class FeatureCache:
         if not note.is_file():
             save_json(self.signature, note)
         remedy = "choose another folder, or delete this one"
-        require_equal(load_json(note), self.signature, f"the cache {self.folder}", remedy)
+        require_equal(load_json(note, needs=()), self.signature, f"the cache {self.folder}", remedy)
         self.size = sum(path.stat().st_size for path in self.folder.glob("??/*.safetensors"))
         self.counts = {"read": 0, "written": 0, "absent": 0, "full": 0}
         self._signature_text = json.dumps(self.signature, sort_keys=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, checksum, data_folder, from_source, is_hub_id, seed_everything
 from ..models.trainable import unwrapped
-from ..models.weights import load_weights
+from ..models.weights import load_weights, require_readable, unreadable
 from .families import family_of, native_grid, patch_of, run_packed
 from .pixels import Normalization, crop_view, normalization_of, teacher_grid
 
@@ -163,7 +163,7 @@ def encoder_from(
 
     try:
         config = from_source(transformers.AutoConfig, source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files end in errors of many kinds
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"no teacher from {str(source)!r} ({first.rstrip('.')})",
@@ -185,6 +185,7 @@ def processor_from(
     InputError if there is none."""
     from transformers import AutoImageProcessor, ViTImageProcessorPil
 
+    require_readable(source, "preprocessor_config.json", "image processor of")
     try:
         try:
             return from_source(AutoImageProcessor, source)
@@ -196,6 +197,8 @@ def processor_from(
             "the image processor of the weights' authors",
             "copy it into the folder of the weights: the mean and standard deviation matter",
         ) from None
+    except Exception as error:  # damaged files end in errors of many kinds
+        raise unreadable(source, error, "image processor of") from error
 
 # %% ../../nbs/lib/teachers/10_vision.ipynb #2f0338e0
 def load_teacher(

@@ -128,7 +128,7 @@ def record_environment(
     if step is None or not path.is_file():
         save_json(now, path)
         return
-    record = load_json(path)
+    record = load_json(path, needs=())
     resumed = record.pop("resumed", [])
     latest = flat(record)
     for entry in resumed:
@@ -175,13 +175,13 @@ def claim_folder(
         added = ("composed_of", "mixed_precision", "samples_per_step", "teachers", "shared_weights")
         older = {key: identity[key] for key in added if key in identity}  # not in every config.json
         free = MAY_DIFFER | ({"gradient_accumulation_steps"} if config.global_batch_size else set())
-        require_same_run(output, {**older, **load_json(output / "config.json")}, identity, free)
+        require_same_run(output, {**older, **load_json(output / "config.json", needs=())}, identity, free)
     if trainer is not None and not done and config.process_index == 0:
         save_json(identity, output / "config.json")
         device = config.device.type
         device = torch.cuda.get_device_name(config.device) if device == "cuda" else device
         now = {**environment(), "processes": config.world_size, "device": device}
-        step = load_json(checkpoint / WHOLE)["step"] if checkpoint else None
+        step = load_json(checkpoint / WHOLE, needs=("step",))["step"] if checkpoint else None
         record_environment(output, now, step)
         save_json(objectives_record(config, trainer.model.objectives), output / "objectives.json")
     return done

@@ -45,10 +45,8 @@ from aligned_mllm.training.run_folder import (
     WHOLE,
     RunFolder,
     bytes_to_save,
-    checkpoints_of,
     last_checkpoint,
     merged_left_out,
-    remove_checkpoint,
     remove_leftovers,
     save_left_out,
     save_repairs,
@@ -160,8 +158,7 @@ def finish(
         **facts,
     }
     save_json(facts, output / "done.json")
-    for checkpoint in checkpoints_of(output):
-        remove_checkpoint(checkpoint)
+    remove_leftovers(output)
 
 # %% ../../nbs/lib/training/80_run.ipynb #d07a6c11
 def config_for(
@@ -259,14 +256,15 @@ class AlignTrainer(TermTrainer):
             )
         main = self.is_world_process_zero()
         with sole_owner(output, main):
-            if claim_folder(self.args, self.recipe, self):
+            done = claim_folder(self.args, self.recipe, self)
+            if main:
+                remove_leftovers(output)
+            if done:
                 raise InputError(
                     f"{output} holds a finished run",
                     "an empty folder, or a stopped run with these settings",
                     f"load {output / 'model'}, or choose another output_dir",
                 )
-            if main:
-                remove_leftovers(output)
             self.accelerator.wait_for_everyone()
             if not self.checked:
                 check_data(self.train_dataset, self.eval_dataset, self.args)
@@ -286,7 +284,7 @@ class AlignTrainer(TermTrainer):
             report_parameters(self)
         checkpoint = last_checkpoint(output)
         clock = next(each for each in self.callback_handler.callbacks if isinstance(each, RunFolder))
-        clock.before = load_json(checkpoint / WHOLE)["seconds"] if checkpoint else 0.0
+        clock.before = load_json(checkpoint / WHOLE, needs=("seconds",))["seconds"] if checkpoint else 0.0
         if checkpoint and self.is_world_process_zero():
             print(f"resumed from {checkpoint.name}", flush=True)
         trained = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -345,8 +343,8 @@ def run(
     output = Path(output)
     if claim_folder(config, name):
         print(f"{output} is done")
-        for checkpoint in checkpoints_of(output) if config.process_index == 0 else ():
-            remove_checkpoint(checkpoint)
+        if config.process_index == 0:
+            remove_leftovers(output)
         return output
     if config.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()

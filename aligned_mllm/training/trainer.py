@@ -32,6 +32,7 @@ from aligned_mllm.training.run_folder import (
     mark_whole,
     merged_left_out,
     remove_older,
+    require_whole,
     save_left_out,
 )
 
@@ -160,6 +161,8 @@ class ResumableTrainer(FiniteTrainer):
                 f"a folder checkpoint-N with {WHOLE}, written last",
                 "resume from another one, or start again",
             )
+        if checkpoint:
+            require_whole(Path(checkpoint))
         return super().train(str(checkpoint) if checkpoint else None, **keywords)
 
     def _get_train_sampler(self, train_dataset=None):
