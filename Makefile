@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment quick gpu lab app docs test tests-long tests-pages tests-short notebooks soak browser clean
+.PHONY: help setup experiment quick gpu lab app docs test tests-long tests-pages tests-short tests-rest notebooks soak browser clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,7 +39,7 @@ docs: .venv/ready  ## build the documentation: _docs/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site.build
 
 test: .venv/ready browser  ## everything that must hold: documentation, notebooks, tests, export
-	$(MAKE) -j2 --no-print-directory tests-pages notebooks tests-long tests-short  # the longest first
+	$(MAKE) -j2 --no-print-directory tests-pages notebooks tests-long tests-short tests-rest  # the longest first
 
 LONG := tests/test_train.py tests/test_experiment.py tests/test_distributed.py
 PAGES := tests/test_widgets.py tests/test_site.py tests/test_export.py tests/test_features.py tests/test_cknna.py
@@ -48,8 +48,11 @@ tests-long:
 tests-pages:
 	$(MAKE) --no-print-directory docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(PAGES)
+OTHERS = $(filter-out $(LONG) $(PAGES),$(wildcard $(1)))
 tests-short:
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 tests $(LONG:%=--ignore=%) $(PAGES:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(call OTHERS,tests/test_[a-f]*.py)
+tests-rest:
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5 $(call OTHERS,tests/test_[g-z]*.py)
 notebooks:
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^tutorials$$'  # docs executes these
 

@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     author=settings["author"],
     license="Apache-2.0",
+    options={"editable_wheel": {"mode": "compat"}},  # found also from the folder that holds the clone
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["aligned_mllm", "aligned_mllm.*"]),
     install_requires=settings["requirements"].split(),

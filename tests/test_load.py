@@ -145,7 +145,7 @@ def test_an_adapter_is_a_checkpoint(good, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "./gone"
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="no model in ./gone"):
+    with pytest.raises(InputError, match="no model in ./gone, the base model that"):
         load_model(tmp_path)
 
 

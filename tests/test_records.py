@@ -314,8 +314,10 @@ def test_pickle_processes_and_threads(folder):
     records = Records(write_lines(folder / "a.jsonl", *SAMPLES * 40))
     expected = read_answers(records)
     assert read_answers(pickle.loads(pickle.dumps(records))) == expected
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(read_answers, [records, records]) == [expected, expected]
+    pool = multiprocessing.get_context("fork").Pool(2)
+    assert pool.map(read_answers, [records, records]) == [expected, expected]
+    pool.close()  # not terminated: an earlier test may have set this process's answer to SIGTERM
+    pool.join()
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(lambda index: records[index].turns[0].answer, range(120))) == expected
 

@@ -104,7 +104,10 @@ class Check:
         except TemplateError:  # which `encode` reports
             return 2**31
         for size in set(sizes) - set(self.visual):
-            counted = processor._get_num_multimodal_tokens(image_sizes=[size])
+            try:
+                counted = processor._get_num_multimodal_tokens(image_sizes=[size])
+            except (TypeError, KeyError):  # LLaVA's, for an encoder whose images are not cropped
+                return 2**31
             self.visual[size] = counted["num_image_tokens"][0]
         spare = 16 * (1 + len(sizes))  # begin and end markers
         return len(processor.tokenizer(text)["input_ids"]) + sum(map(self.visual.get, sizes)) + spare

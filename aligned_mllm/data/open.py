@@ -55,6 +55,9 @@ def open_records(
         return source
     if isinstance(source, (str, Path)):
         files = _files_of(Path(source), parts)
+        if files[0].suffix in (".csv", ".tsv", ".xlsx"):
+            remedy = "convert it, or pass its rows as a list of dicts"
+            raise InputError(f"records in {files[0]}", "a .json, .jsonl or .parquet file", remedy)
         if files[0].suffix != ".parquet":
             return Records(files[0], image_folder, broken, check_images, repair, follow_links)
         rows = ParquetRows(files)

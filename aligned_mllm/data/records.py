@@ -143,7 +143,7 @@ class Records(Sequence):
             expected = "conversations, as a JSON array or JSON lines"
             raise InputError(f"no file {path}", expected, "check the path")
         if check_images and not self.image_folder.is_dir():
-            remedy = "pass it as image_folder"
+            remedy = "pass it as image_folder; for a run, set images"
             raise InputError(f"no folder {self.image_folder}", "the folder of the images", remedy)
         with open(self.path, "rb") as handle:
             self._state = self._file_state(handle)

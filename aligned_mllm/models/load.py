@@ -228,7 +228,12 @@ def load_model(
 
     base = adapter_base(source)
     if base:
-        model, processor = adapted_base(base, changes_of(source), dtype)
+        try:
+            model, processor = adapted_base(base, changes_of(source), dtype)
+        except InputError as error:
+            found = f"{error.found}, the base model that {source} names"
+            remedy = "correct it in adapter_config.json, or fetch it"
+            raise InputError(found, error.expected, remedy) from error
         if (Path(source).expanduser() / "processor_config.json").is_file():
             processor = fitted_processor(load_processor(source), model)
         return with_adapter(model, source).eval(), processor
