@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import from_source, is_hub_id, split_revision
-from .weights import require_kinds, unreadable
+from .weights import require_matching, unreadable
 
 # %% ../../nbs/lib/models/08_adapters.ipynb #ad000006
 def adapter_base(
@@ -51,14 +51,8 @@ def read_adapter(
     except Exception as error:  # damaged files end in errors of many kinds
         raise unreadable(source, error, "adapter") from error
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    shared = wanted.keys() & weights.keys()
-    kinds = {
-        "missing": wanted.keys() - shared,
-        "of another shape": [key for key in shared if wanted[key].shape != weights[key].shape],
-        "unknown": weights.keys() - shared,
-        "not finite": [key for key, value in weights.items() if not value.isfinite().all()],
-    }
-    require_kinds(kinds, f"adapter {source}", f"each weight of the adapter in {type(wrapped).__name__}")
+    expected = f"each weight of the adapter in {type(wrapped).__name__}"
+    require_matching(wanted, weights, f"adapter {source}", expected)
     return weights
 
 # %% ../../nbs/lib/models/08_adapters.ipynb #ad000012

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_file', 'fault_in', 'unreadable', 'require_readable', 'require_size', 'load_weights', 'require_kinds',
-           'require_all']
+           'require_matching', 'require_all']
 
 # %% ../../nbs/lib/models/07_weights.ipynb #e7a10004
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..core import InputError, from_source
@@ -159,6 +159,23 @@ def require_kinds(
                 f"{expected}, and no other",
                 "download or save the model again",
             )
+
+# %% ../../nbs/lib/models/07_weights.ipynb #e7a10018
+def require_matching(
+    wanted: dict[str, Tensor],  # the weights of a module, by name
+    found: dict[str, Tensor],  # those of a file
+    place: str,  # begins the message
+    expected: str,
+) -> None:
+    "Raises InputError for weights of a file that are missing, of another shape, unknown or not finite."
+    shared = wanted.keys() & found.keys()
+    kinds = {
+        "missing": wanted.keys() - shared,
+        "of another shape": [key for key in shared if wanted[key].shape != found[key].shape],
+        "unknown": found.keys() - shared,
+        "not finite": [key for key, value in found.items() if not value.isfinite().all()],
+    }
+    require_kinds(kinds, place, expected)
 
 # %% ../../nbs/lib/models/07_weights.ipynb #e7a10015
 def require_all(

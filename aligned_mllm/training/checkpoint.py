@@ -17,7 +17,7 @@ from torch import nn
 from ..core import InputError, load_json, save_json, whole_file
 from ..models.adapters import read_adapter
 from ..models.load import load_model
-from ..models.weights import require_kinds
+from ..models.weights import require_matching
 from ..objectives.base import Context, Objective, objective_class, settings_of
 from .model import AlignedModel
 
@@ -82,15 +82,8 @@ def read_objectives(
     except (OSError, SafetensorError) as error:
         fault = f"{path} cannot be read ({' '.join(str(error).split())})"
         raise InputError(fault, "the weights of the objectives", remedy) from None
-    wanted = modules.state_dict()
-    kinds = {
-        "missing": wanted.keys() - found.keys(),
-        "of another shape": [key for key in wanted if key in found and wanted[key].shape != found[key].shape],
-        "unknown": found.keys() - wanted.keys(),
-        "not finite": [key for key, value in found.items() if not value.isfinite().all()],
-    }
     labels = [name for name, _ in modules.named_children()]
-    require_kinds(kinds, str(path), f"each weight of {', '.join(labels)}")
+    require_matching(modules.state_dict(), found, str(path), f"each weight of {', '.join(labels)}")
     return found
 
 # %% ../../nbs/lib/training/74_checkpoint.ipynb #c24254a1
