@@ -135,18 +135,12 @@ def plan_from_options(
     options: argparse.Namespace,  # of the command experiment
 ):
     "The plan that the options describe. Raises InputError."
-    from aligned_mllm.experiments.plan import QUICK, Plan
+    from aligned_mllm.experiments.plan import Plan, quick_plan
     from aligned_mllm.training.config import parsed_setting
 
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}", "at least 1", "correct it")
-    if options.data and options.recipe == "scenes":
-        raise InputError(
-            f"--data {options.data} for the recipe 'scenes', which draws its own",
-            "--data with --recipe nlvr",
-            "add --recipe nlvr, or leave out --data",
-        )
-    chosen = {"recipe": options.recipe, "source": options.data, **(QUICK if options.quick else {})}
+    chosen = {"recipe": options.recipe, "source": options.data}
     if options.seeds is not None:
         chosen["seeds"] = options.seeds
     if options.full:
@@ -155,9 +149,10 @@ def plan_from_options(
     if options.arms:
         chosen["arms"] = tuple(name.strip() for name in options.arms.split(","))
     arms = tuple(dict.fromkeys((*chosen.get("arms", Plan().arms), *own)))
-    settings = {**chosen.pop("settings", {}), **dict(parsed_setting(text) for text in options.set)}
+    settings = dict(parsed_setting(text) for text in options.set)
     imports = tuple(str(Path(file).resolve()) for file in options.arms_file)
-    return Plan(**{**chosen, "arms": arms, "settings": settings, "imports": imports})
+    make = quick_plan if options.quick else Plan
+    return make(**{**chosen, "arms": arms, "settings": settings, "imports": imports})
 
 # %% ../nbs/lib/30_cli.ipynb #1bf75724
 def stop_on_signals() -> None:

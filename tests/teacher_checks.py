@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from aligned_mllm.core import InputError, seed_everything
+from aligned_mllm.models.grid_vision import GridVisionConfig, GridVisionModel
 from aligned_mllm.teachers.targets import Targets
 from aligned_mllm.teachers.vision import Teacher, load_teacher
 
@@ -35,6 +36,7 @@ SAM = {
     "num_pos_feats": 8,
 }
 PATCH = {
+    "aligned_grid_vision": 16,
     "dinov2": 14,
     "dinov2_with_registers": 14,
     "dinov3_vit": 16,
@@ -108,8 +110,13 @@ def tiny(name: str, canvas: int = 128):
             t.RadioConfig(**SMALL, **size, **patch, max_img_size=256, norm_mean=MEAN, norm_std=DEVIATION)
         ),
     }
+    network = {"embedding_size": 8, "hidden_sizes": [32] * 4, "depths": [1] * 4, "layer_type": "basic"}
+    make["aligned_grid_vision"] = lambda: GridVisionModel(
+        GridVisionConfig(t.ResNetConfig(**network), layer=1, pool=4, hidden_size=32, **size, **patch)
+    )
     statistics = {"image_mean": list(MEAN), "image_std": list(DEVIATION)}
     view = {
+        "alig": lambda: t.CLIPImageProcessorPil(**statistics),
         "dino": lambda: t.BitImageProcessorPil(**statistics),
         "clip": lambda: t.CLIPImageProcessorPil(**statistics),
         "sigl": lambda: (

@@ -206,6 +206,19 @@ def test_a_fault_is_refused_or_left_out_at_the_start_and_passed_over_later(data,
         assert [row.id for row in samples.records.left_out] == ["id3"]
 
 
+def test_answers_that_are_cut_are_counted_and_listed(data, capsys):
+    whole = prepared(data, max_length=500)
+    ends = [int((whole[index]["labels"] != IGNORED).nonzero().max()) + 1 for index in range(len(whole))]
+    limit = max(ends) - 1
+    samples = prepared(data, max_length=limit)
+    cut = [record.id for record, end in zip(samples.records, ends) if end > limit]
+    assert 0 < len(cut) and len(samples) == 10
+    assert f"cuts the answers of {len(cut)} samples" in capsys.readouterr().out
+    assert pd.read_csv(data / "run" / "cut_answers.csv").id.tolist() == cut
+    prepared(data, max_length=limit)  # from the findings that were kept
+    assert f"cuts the answers of {len(cut)} samples" in capsys.readouterr().out
+
+
 def test_several_faults_are_counted_and_repairs_too(data):
     for damage in FAULTS:
         damage(data)

@@ -110,6 +110,9 @@ def test_files_of_a_model_that_transformers_passes_over(tmp_path):
         assert f"{name} cannot be read" in refused(load_model, tmp_path)
         (tmp_path / name).write_text(whole, encoding="utf-8")
     load_model(tmp_path)
+    file = tmp_path / "processor_config.json"
+    save_json({**load_json(file), "processor_class": "PreTrainedTokenizerFast"}, file)
+    assert "Expected: a processor" in refused(load_model, tmp_path)
 
 
 def test_tables_and_facts_of_a_run(tmp_path):

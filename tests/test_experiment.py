@@ -21,7 +21,7 @@ from aligned_mllm.evals.task import score_run
 from aligned_mllm.experiments.arms import ARMS as REGISTERED
 from aligned_mllm.experiments.arms import Arm, arm_from_text, register_arm
 from aligned_mllm.experiments.jobs import Job, graph_of, run_jobs
-from aligned_mllm.experiments.plan import QUICK, Plan, joined_plan, prepare_data
+from aligned_mllm.experiments.plan import Plan, joined_plan, prepare_data, quick_plan
 from aligned_mllm.models.load import load_model
 from aligned_mllm.models.taps import Taps
 from aligned_mllm.teachers.vision import encoder_teacher, load_teacher
@@ -161,13 +161,13 @@ def test_alignment_settings_reach_only_arms_that_align(tmp_path):
 
 
 def test_data_of_another_plan_is_refused(tmp_path):
-    prepare_data(Plan(**QUICK), tmp_path, 0)
+    prepare_data(quick_plan(), tmp_path, 0)
     with pytest.raises(InputError, match="another plan"):
         prepare_data(Plan(), tmp_path, 0)
 
 
 def test_a_folder_keeps_all_arms_it_was_asked_for(quick):
-    assert joined_plan(Plan(**{**QUICK, "arms": ("plain", "encoder")}), quick).arms == (*ARMS, "encoder")
+    assert joined_plan(quick_plan(arms=("plain", "encoder")), quick).arms == (*ARMS, "encoder")
 
 
 def test_scores_are_of_the_records_that_were_asked(quick, tmp_path):
@@ -226,7 +226,7 @@ def test_cknna_opens_pictures_once_a_seed_and_equals_the_formula(quick, tmp_path
     monkeypatch.setattr(tables, "open_image", lambda *words: opened.append(open_image(*words)) or opened[-1])
     for path in files:
         path.unlink()
-    found = tables.read_cknna(Plan(**QUICK), folder)
+    found = tables.read_cknna(quick_plan(), folder)
     assert len(opened) == 40
     assert len(files) == 3 and all(path.read_bytes() == before for path, before in files.items())
     pd.testing.assert_frame_equal(found.reset_index(drop=True), pd.read_csv(folder / "cknna.csv"))
@@ -243,7 +243,7 @@ def test_cknna_opens_pictures_once_a_seed_and_equals_the_formula(quick, tmp_path
 
 
 def test_curves_are_those_of_the_plan(quick):
-    curves = tables.read_curves(Plan(**QUICK), quick)
+    curves = tables.read_curves(quick_plan(), quick)
     assert list(dict.fromkeys(curves.arm)) == [*ARMS, "blind"] and set(curves.seed) == {0}
     assert sorted(curves.value) == sorted(pd.read_csv(quick / "curves.csv").value)
 

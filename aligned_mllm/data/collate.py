@@ -60,6 +60,7 @@ class Samples(Dataset):
         kinds = {TooLong: too_long, BrokenSample: broken}
         self.passed_over = tuple(kind for kind, choice in kinds.items() if choice == "leave_out")
         self.faults: dict[int, InputError] = {}  # of the samples that cannot be used
+        self.cut: set[int] = set()  # samples whose answers `max_length` has shortened
         self.cache_mib = cache_mib
         self.memory_left = cache_mib * 2**20  # bytes
         self.cache = {}
@@ -97,6 +98,7 @@ class Samples(Dataset):
         self.records = KeptRecords(self.records, [k for k in range(self.count) if k not in indices])
         self.count = len(self.records)
         self.faults = {}
+        self.cut = set()
         self.cache = {}
         self.memory_left = self.cache_mib * 2**20
 
@@ -116,6 +118,8 @@ class Samples(Dataset):
         names = record.images if self.with_images else ()
         sample = encode(record, images, self.processor, self.with_last_answer)
         if self.max_length is not None:
+            if (sample["labels"][self.max_length :] != IGNORED).any():
+                self.cut.add(index)
             sample = truncate(sample, self.max_length, record)
         sample |= {"image_names": list(names), "index": torch.tensor([index])}
         if self.view_pixels and images:

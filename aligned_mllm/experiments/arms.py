@@ -67,11 +67,6 @@ class Arm:
         labels = [key.split(".")[0] for key in [*self.stage1, *self.stage2] if "." in key]
         return [label for label in dict.fromkeys(labels) if label != "text"]
 
-    @property
-    def layers(self) -> list[int]:
-        "The layers that its objectives shape, for figures."
-        found = [value for key, value in {**self.stage1, **self.stage2}.items() if key.endswith(".layers")]
-        return found[0] if found else []
 
 # %% ../../nbs/lib/experiments/00_arms.ipynb #57f25fd4
 ARMS: dict[str, Arm] = {}  # by name
@@ -92,7 +87,7 @@ def register_arm(
     return arm
 
 # %% ../../nbs/lib/experiments/00_arms.ipynb #509f23d5
-VIRAL = {"viral.weight": 0.5, "viral.layers": [3], "viral.teacher": "dense"}
+VIRAL = {"viral.weight": 0.5}  # layer and teacher are the world's
 
 # %% ../../nbs/lib/experiments/00_arms.ipynb #5370ac53
 OTHER_IMAGE = {  # the phrases of a control whose teacher is shown another image

@@ -96,7 +96,7 @@ def differences(
 ) -> dict:
     "The settings that an arm changes in a world's recipe, with those for small models."
     every = world_settings(world, stage, settings)
-    return {key: value for key, value in every.items() if WORLDS[world][stage].get(key) != value}
+    return {key: value for key, value in every.items() if WORLDS[world].stages[stage].get(key) != value}
 
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #390d7009
 def graph_of(

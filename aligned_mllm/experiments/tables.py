@@ -21,6 +21,7 @@ from ..evals.statistics import wilson
 from ..evals.task import score_run
 from .jobs import graph_of
 from .plan import Plan, prepare_data
+from .recipes import WORLDS
 from ..teachers.vision import load_teacher
 
 # %% ../../nbs/lib/experiments/30_tables.ipynb #742e1a5a
@@ -91,11 +92,12 @@ def _measure_cknna(
     records = Records(data / "test.jsonl", data, check_images=False)
     names = list(dict.fromkeys(records[index].images[0] for index in range(len(records))))[:pictures]
     images = [open_image(name, data) for name in names]
-    dense = load_teacher("dense", folder / "parts" / f"seed{seed}" if plan.vary_parts else "")
+    parts = str(folder / "parts" / f"seed{seed}") if plan.vary_parts else ""
+    teacher = load_teacher(WORLDS[plan.recipe].teacher, parts)
     folders = graph_of(plan, folder).folders
     models = [load_checkpoint(folders[seed, arm], arm) for arm in kept]
     settings = {"k": neighbours, "permutations": permutations, "groups": 0, "seed": seed}
-    table = cknna_table(models, images, teachers={"teacher": dense}, **settings)
+    table = cknna_table(models, images, teachers={"teacher": teacher}, **settings)
     columns = ["layer", "value", "null_low", "null_high", "reference", "k", "n"]
     for arm, path in kept.items():
         with whole_file(path) as temporary:
@@ -109,7 +111,7 @@ def read_cknna(
     neighbours: int = 10,  # k
     permutations: int = 100,  # for the null
 ) -> pd.DataFrame:
-    "CKNNA of each run's visual tokens to the encoder and to the dense teacher, by layer, with its null."
+    "CKNNA of each run's visual tokens to the encoder and to the world's teacher, by layer, with its null."
     folders = graph_of(plan, folder).folders
     name = f"cknna_k{neighbours}_{pictures}pictures_{permutations}shuffles.csv"
     tables = []

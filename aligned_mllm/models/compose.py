@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError, from_source, is_hub_id, seed_everything
+from .known_parts import part_source
 from .trainable import parts_of
 from .weights import load_weights, unreadable
 
@@ -111,7 +112,7 @@ def llava_config(
     text,  # the configuration of a causal LM
     image_token_id: int,  # the id of a visual token
     prefix: int,  # tokens before the patches, from `prefix_tokens`
-    feature_layer: int = -2,  # the hidden state of the tower that is read
+    feature_layer: int | None = None,  # of the tower's hidden states; by default the one that it names, or -2
 ):
     "The LlavaConfig of two parts. Raises InputError for more than one token before the patches."
     from transformers import LlavaConfig
@@ -126,7 +127,7 @@ def llava_config(
         vision_config=vision,
         text_config=text,
         image_token_id=image_token_id,
-        vision_feature_layer=feature_layer,
+        vision_feature_layer=getattr(vision, "feature_layer", -2) if feature_layer is None else feature_layer,
         vision_feature_select_strategy="default" if prefix else "full",
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         tie_word_embeddings=text.tie_word_embeddings,
@@ -139,7 +140,7 @@ def compose(
     tokenizer,  # its tokenizer, with an image token
     image_processor,  # the tower's
     chat_template: str = CHAT_TEMPLATE,
-    feature_layer: int = -2,  # the hidden state of the tower that is read; LLaVA reads the last but one
+    feature_layer: int | None = None,  # of the tower's hidden states, as `llava_config` takes it
     statistics: tuple[Tensor, Tensor] | None = None,  # mean and deviation (D,) of those features
     seed: int = 0,  # for the projector
 ):
@@ -342,8 +343,8 @@ def load_tokenizer(
 
 # %% ../../nbs/lib/models/10_compose.ipynb #b0c4c7b4
 def composed_model(
-    vision_tower: str,  # a folder, or a hub id such as openai/clip-vit-large-patch14-336
-    language_model: str,  # a folder, or a hub id such as lmsys/vicuna-7b-v1.5
+    vision_tower: str,  # a known part, a folder, or a hub id such as openai/clip-vit-large-patch14-336
+    language_model: str,  # a known part, a folder, or a hub id such as lmsys/vicuna-7b-v1.5
     chat: str = "vicuna_v1",  # a name from CHATS; "own": the language model's own template
     pad_to_square: bool = True,  # as LLaVA does; False: the encoder's own processing
     seed: int = 0,  # for the projector
@@ -353,6 +354,7 @@ def composed_model(
     Raises InputError if a part is missing, or has not all of its weights."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
 
+    vision_tower, language_model = part_source(vision_tower), part_source(language_model)
     for name, source in (("vision_tower", vision_tower), ("language_model", language_model)):
         found = source and (is_hub_id(source) or (Path(source).expanduser() / "config.json").is_file())
         if not found:

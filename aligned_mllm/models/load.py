@@ -56,17 +56,21 @@ CHANGES = ("aligned_residual", "aligned_position_code")  # config entries that o
 def mark_changed(
     folder: str | Path,  # as written by save_pretrained
 ) -> bool:
-    """Make stock transformers refuse a saved model with hooks, and explain it in a README. Returns False,
-    and does nothing, for any other model."""
+    """Make stock transformers refuse a saved model with hooks, or with a vision tower of this library, and
+    explain it in a README. Returns False, and does nothing, for any other model."""
     path = Path(folder) / "config.json"
     config = load_json(path)
     changes = {name: config[name] for name in CHANGES if config.get(name) is not None}
+    tower = config.get("vision_config", {}).get("model_type", "")
+    if tower.startswith("aligned_"):
+        changes["vision tower"] = tower
     if changes and not config["model_type"].startswith("aligned_"):
         save_json({**config, "model_type": f"aligned_{config['model_type']}"}, path)
         (Path(folder) / "README.md").write_text(
             "---\nlibrary_name: aligned_mllm\n---\n"
-            f"This model adds to its visual features or states ({changes}). transformers alone would ignore "
-            "this and give other answers, so the `model_type` is one that transformers refuses.\n\n"
+            f"This model changes its visual features or states in a way of this library ({changes}). "
+            "transformers alone would ignore this and give other answers, so the `model_type` is one that it "
+            "refuses.\n\n"
             "Load it with `aligned_mllm.models.load.load_model(folder)`.\n"
         )
     return bool(changes)
@@ -103,6 +107,12 @@ def load_processor(
         raise InputError(
             f"no processor from {source}: {reason}", "the processor saved with the model", remedy
         ) from error
+    if not hasattr(processor, "tokenizer"):
+        raise InputError(
+            f"{source} makes a {type(processor).__name__} of its files",
+            "a processor, named in processor_config.json",
+            "download or save it again",
+        )
     require_readable(source, "*.jinja", "processor of")
     require_vocabulary(processor.tokenizer, source)
     return processor

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['read_file', 'fault_in', 'unreadable', 'require_readable', 'require_size', 'load_weights', 'require_kinds',
-           'require_matching', 'require_all']
+           'require_matching', 'require_all', 'weights_digest']
 
 # %% ../../nbs/lib/models/07_weights.ipynb #e7a10004
+import hashlib
 import json
 import zipfile
 from collections.abc import Collection, Sequence
@@ -192,3 +193,16 @@ def require_all(
         "not finite": [name for name, value in model.named_parameters() if not value.isfinite().all()],
     }
     require_kinds(kinds, source, f"each weight of a {type(model).__name__}")
+
+# %% ../../nbs/lib/models/07_weights.ipynb #190b740b
+def weights_digest(
+    folder: str | Path,  # of a model; anything else has no digest
+) -> str:
+    "A digest of all files of weights in a folder; an empty text if there is none."
+    digest = hashlib.sha256()
+    folder = Path(folder).expanduser()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    for path in files:
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16] if files else ""

@@ -165,6 +165,7 @@ FAMILIES: dict[str, Family] = {
     "sam": _sam,
     "sam_vision_model": _sam,
     "depth_anything": _depth,
+    "aligned_grid_vision": Family(run_any_size, "none: a convolutional network", "the cells of its map"),
     "radio": Family(run_any_size, _learned, "last", prefix=_summaries, normalizes=True),
 }
 

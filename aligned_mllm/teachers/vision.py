@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core import InputError, checksum, data_folder, from_source, is_hub_id, seed_everything
+from ..models.known_parts import part_source
 from ..models.trainable import unwrapped
 from ..models.weights import load_weights, require_readable, unreadable
 from .families import family_of, native_grid, patch_of, run_packed
@@ -202,7 +203,7 @@ def processor_from(
 
 # %% ../../nbs/lib/teachers/10_vision.ipynb #2f0338e0
 def load_teacher(
-    source: str,  # a name from EMBEDDED_TEACHERS, a folder, or a hub id such as facebook/dinov2-base
+    source: str,  # from EMBEDDED_TEACHERS, a known part, a folder, or a hub id such as facebook/dinov2-base
     parts: str | Path = "",  # folder of the embedded teachers; the repository's own by default
     dtype: torch.dtype = torch.float32,
     layer: int | None = None,  # hidden state to read; None: the one that FAMILIES names
@@ -216,7 +217,7 @@ def load_teacher(
             "'own', or 'student' together with student=processor.image_processor",
             "correct the recipe's teacher pixels",
         )
-    folder = source
+    folder = part_source(source)
     if source in EMBEDDED_TEACHERS:
         folder = Path(parts or data_folder() / "parts") / EMBEDDED_TEACHERS[source]
     if not is_hub_id(folder):

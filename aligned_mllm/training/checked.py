@@ -17,7 +17,7 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from ..core import InputError, load_json, save_json, whole_file
-from ..data.check import Finding, check_samples
+from ..data.check import CUT, Finding, check_samples
 from ..data.collate import Samples
 from ..data.encode import LITERAL_TOKEN
 from .config import AlignConfig
@@ -119,6 +119,10 @@ def prepare_samples(
         save_left_out(merged_left_out(path, rows) if resumed else rows, path)
         if rows:
             print(f"{len(rows)} samples are too long and left out, see {path.name}", flush=True)
+    cut = [each.left_out for each in findings if each.kind == CUT]
+    if config.process_index == 0 and cut:
+        save_left_out(cut, output / "cut_answers.csv")
+        print(f"max_length cuts the answers of {len(cut)} samples, see cut_answers.csv", flush=True)
 
 # %% ../../nbs/lib/training/77_checked.ipynb #77c40016
 def left_out_before(

@@ -49,8 +49,12 @@ class AlignConfig(TrainingArguments):
     words_from: list[str] = setting(
         list, "record files, below data, whose words an embedded model learns"
     )
-    vision_tower: str = setting("", "for 'composed': a folder or hub id of a vision encoder")
-    language_model: str = setting("", "for 'composed': a folder or hub id of a causal language model")
+    vision_tower: str = setting(
+        "", "for 'composed': a vision encoder, by folder, hub id, or a name from KNOWN_PARTS"
+    )
+    language_model: str = setting(
+        "", "for 'composed': a causal language model, by folder, hub id, or a name from KNOWN_PARTS"
+    )
     chat: str = setting(
         "", f"of a LLaVA model: one of {list(CHATS)}; by default its own, for 'composed' vicuna_v1"
     )
