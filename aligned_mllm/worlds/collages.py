@@ -251,13 +251,13 @@ def box_of(
         return [0, 0, 0, 0]
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
-# %% ../../nbs/lib/worlds/66_collages.ipynb #5cee5141
+# %% ../../nbs/lib/worlds/66_collages.ipynb #cb7dccd7
 def run_lengths(
     mask: np.ndarray,  # (size, size), bool
 ) -> list[int]:
     "Lengths of the runs of equal pixels in reading order; the first run is of invisible ones, perhaps of 0."
     flat = np.concatenate([[False], mask.ravel(), [not mask.ravel()[-1]]])
-    return np.diff(np.flatnonzero(np.diff(flat)) + 0, prepend=0).tolist()
+    return np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist()
 
 # %% ../../nbs/lib/worlds/66_collages.ipynb #3b10879f
 def mask_of(
