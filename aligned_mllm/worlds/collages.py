@@ -22,7 +22,7 @@ from .cutouts import Cutout, PictureSource, trimmed
 # %% ../../nbs/lib/worlds/66_collages.ipynb #14ef9211
 BACKGROUNDS = ("plain", "textured", "photographed")  # the last one needs a folder of pictures
 
-# %% ../../nbs/lib/worlds/66_collages.ipynb #7ba4c6ff
+# %% ../../nbs/lib/worlds/66_collages.ipynb #9ffa1478
 @dataclass(frozen=True)
 class CollageWorld:
     "The distribution of collages. Lengths are in pixels unless they are shares. Raises InputError."
@@ -46,7 +46,7 @@ class CollageWorld:
             "size": self.size >= 32,
             "objects": 1 <= self.objects[0] <= self.objects[1] <= 4,
             "scale": 0 < self.scale[0] <= self.scale[1] <= 1,
-            "jitter": 0 <= self.jitter <= 0.4,
+            "jitter": 0 <= self.jitter <= min(0.4, 1 - sum(self.scale) / 2),
             "repeat, related, flip, max_overlap or lighting": all(0 <= share <= 1 for share in shares),
             "backgrounds": bool(self.backgrounds) and set(self.backgrounds) <= set(BACKGROUNDS),
             "background_folder": ("photographed" in self.backgrounds) == bool(self.background_folder),
@@ -56,7 +56,8 @@ class CollageWorld:
         if wrong:
             raise InputError(
                 f"{wrong[0]} of a CollageWorld does not fit ({self})",
-                "a size from 32, 1 to 4 objects, a scale in (0, 1], a jitter up to 0.4, shares from 0 to 1, "
+                "a size from 32, 1 to 4 objects, a scale in (0, 1], a jitter up to 0.4 and up to 1 minus the "
+                "mean of the scale, so that objects fit beside each other, shares from 0 to 1, "
                 f"and backgrounds from {BACKGROUNDS}, with a background_folder if one is photographed",
                 "correct it",
             )
@@ -132,16 +133,17 @@ def _share_covered(first: tuple[int, ...], second: tuple[int, ...]) -> float:
     down = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
     return max(across, 0) * max(down, 0) / min(first[2] * first[3], second[2] * second[3])
 
-# %% ../../nbs/lib/worlds/66_collages.ipynb #4811e6bf
+# %% ../../nbs/lib/worlds/66_collages.ipynb #75d030ba
 def _sample_box(
-    cutout: Cutout, place: tuple[int, int], others: list, world: CollageWorld, random: np.random.Generator
+    cutout: Cutout, place: tuple[int, int], boxes: list, world: CollageWorld, random: np.random.Generator
 ) -> tuple[int, int, int, int]:
     "Left, top, width and height of an object in a quarter (row, column), inside the picture."
     quarter = world.size / 2
     width, height = trimmed(cutout).size
-    for attempt in range(20):
-        jitter = world.jitter if attempt < 19 else 0
-        side = random.uniform(*world.scale) * quarter
+    least, most = world.scale
+    for freedom in np.linspace(1, 0, 20):  # the last attempt is as small as can be, in the middle
+        jitter = freedom * world.jitter
+        side = random.uniform(least, least + freedom * (most - least)) * quarter
         size = [max(1, round(side * edge / max(width, height))) for edge in (width, height)]
         shift = random.uniform(-jitter, jitter, 2)
         middle = (np.array(place[::-1]) + 0.5 + shift) * quarter
@@ -149,7 +151,7 @@ def _sample_box(
             int(np.clip(round(middle[axis] - size[axis] / 2), 0, world.size - size[axis])) for axis in (0, 1)
         ]
         box = (*corner, *size)
-        if all(_share_covered(box, other) <= world.max_overlap for other in others):
+        if all(_share_covered(box, other) <= world.max_overlap for other in boxes):
             break
     return box
 
@@ -177,7 +179,7 @@ def sample_collage(
     background = str(random.choice(world.backgrounds))
     return Collage(tuple(objects), world, background, int(random.integers(2**31)))
 
-# %% ../../nbs/lib/worlds/66_collages.ipynb #076cf1c9
+# %% ../../nbs/lib/worlds/66_collages.ipynb #7c0b6bd3
 @lru_cache
 def background_files(
     folder: str,  # any folder of pictures
@@ -186,7 +188,7 @@ def background_files(
     paths = Path(folder).rglob("*")
     found = tuple(sorted(path for path in paths if path.suffix.lower() in (".jpg", ".jpeg", ".png")))
     if not found:
-        raise InputError(f"no picture in the background folder {folder}", "JPEG or PNG files", "check the path")
+        raise InputError(f"no picture in the folder {folder}", "JPEG or PNG files", "check background_folder")
     return found
 
 # %% ../../nbs/lib/worlds/66_collages.ipynb #84568890
@@ -225,12 +227,12 @@ def _lit(item: Placed) -> tuple[np.ndarray, np.ndarray]:
     colours = (mean + (colours - mean) * item.contrast) * item.brightness * np.array(item.tint)
     return np.clip(colours, 0, 255), alpha
 
-# %% ../../nbs/lib/worlds/66_collages.ipynb #893ecd65
+# %% ../../nbs/lib/worlds/66_collages.ipynb #a9f5b86c
 def draw_collage(
     collage: Collage,  # what to draw
 ) -> tuple[Image.Image, np.ndarray]:
-    """The picture, RGB, and the masks (objects, size, size), bool: the pixels where an object is at least half
-    opaque and no later object is."""
+    """The picture, RGB, and the masks (objects, size, size), bool: the pixels where an object is at least
+    half opaque and no later object is."""
     canvas = _background(collage)
     masks = np.zeros((len(collage.objects), *canvas.shape[:2]), dtype=bool)
     for index, item in enumerate(collage.objects):

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['PhotographSizes', 'held_out_names', 'photograph_config', 'write_photographs', 'commonest_answers']
 
-# %% ../../nbs/lib/worlds/68_photographs.ipynb #041917f9
+# %% ../../nbs/lib/worlds/68_photographs.ipynb #1259b90c
 import hashlib
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from aligned_mllm.worlds.collage_questions import (
     EvenAnswers,
     collage_caption,
     collage_questions,
+    form_of,
 )
 from aligned_mllm.worlds.collages import (
     Collage,
@@ -38,7 +38,7 @@ from aligned_mllm.worlds.collages import (
 from .cutouts import PictureSource
 from .scene_data import conversation_records
 
-# %% ../../nbs/lib/worlds/68_photographs.ipynb #47b77836
+# %% ../../nbs/lib/worlds/68_photographs.ipynb #0b199c5b
 @dataclass(frozen=True)
 class PhotographSizes:
     "How many collages each part of a data folder has, and how many questions. Raises InputError."
@@ -49,7 +49,7 @@ class PhotographSizes:
     test: int = 500  # collages for the scores; one question of each category about each
     unseen: int = 200  # as test, of names that no other part has; 0: no names are held out
     held_out: float = 0.2  # share of the names for `unseen`
-    per_scene: tuple[int, ...] = (1, 1, 1, 1, 1, 1)  # questions about a training collage, one number per category
+    per_scene: tuple[int, ...] = (1, 1, 1, 1, 1, 1)  # questions about a training collage, by category
 
     def __post_init__(self):
         numbers = (self.train, self.captions, self.validation, self.test, self.unseen, *self.per_scene)
@@ -62,14 +62,14 @@ class PhotographSizes:
                 "correct it",
             )
 
-# %% ../../nbs/lib/worlds/68_photographs.ipynb #2539f020
+# %% ../../nbs/lib/worlds/68_photographs.ipynb #224c4cf9
 def held_out_names(
     names: list[str],  # of the source
     share: float,  # of the names, between 0 and 1
     least: int,  # at least so many
     seed: int,
 ) -> tuple[list[str], list[str]]:
-    "The names for training and the names held out, each in alphabetical order. Raises InputError for too few."
+    "The names for training and the names held out, in alphabetical order. Raises InputError for too few."
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         groups.setdefault(name.split()[-1], []).append(name)
@@ -82,7 +82,7 @@ def held_out_names(
     if len(unseen) < least or len(names) - len(unseen) < least:
         raise InputError(
             f"{len(names)} names, {len(unseen)} of them held out",
-            f"at least {least} names for training and as many held out, as a collage has up to {least} objects",
+            f"at least {least} names for training and {least} held out: so many objects are in a collage",
             "add pictures, lower the number of objects, or set unseen to 0",
         )
     return sorted(set(names) - set(unseen)), sorted(unseen)
@@ -148,7 +148,7 @@ def _parts(
             parts[part] = collages_of(split, count, 10 * config["seed"] + number, pictures, world), pictures
     return parts
 
-# %% ../../nbs/lib/worlds/68_photographs.ipynb #5940f496
+# %% ../../nbs/lib/worlds/68_photographs.ipynb #e0b33e89
 def write_photographs(
     folder: str | Path,  # the data folder, written completely or not at all
     source: PictureSource,  # the pictures
@@ -169,7 +169,7 @@ def write_photographs(
             numbers = sizes.per_scene if part == "train" else [1] * len(COLLAGE_CATEGORIES)
             wanted = dict(zip(COLLAGE_CATEGORIES, numbers))
             records, lines = [], []
-            for index, collage in enumerate(tqdm(collages, desc=f"drawing {part}", disable=len(collages) < 500)):
+            for index, collage in enumerate(tqdm(collages, part, disable=len(collages) < 500)):
                 name = f"images/{part}-{index:05d}.jpg"
                 picture, masks = draw_collage(collage)
                 picture.save(temporary / name, quality=90)
@@ -180,18 +180,19 @@ def write_photographs(
                 path.write_text("".join(lines), encoding="utf-8")
     return Path(folder)
 
-# %% ../../nbs/lib/worlds/68_photographs.ipynb #300130b9
+# %% ../../nbs/lib/worlds/68_photographs.ipynb #ef0dec68
 def commonest_answers(
-    path: str | Path,  # a file of records, each question with its category
+    path: str | Path,  # a file of records about collages, each question with its category
 ) -> pd.DataFrame:
-    "By category: how many questions, how many different answers, the commonest answer, and its share (0-1)."
-    counts: dict[str, Counter] = {}
-    for record in Records(path, check_images=False):
-        for turn in record.turns:
-            counts.setdefault(turn.category, Counter())[turn.answer] += 1
-    rows = []
-    for category, answers in counts.items():
-        answer, number = answers.most_common(1)[0]
-        rows.append((category, answers.total(), len(answers), answer, number / answers.total()))
-    columns = ["category", "questions", "answers", "commonest", "share"]
-    return pd.DataFrame(rows, columns=columns).sort_values("category", ignore_index=True)
+    """By category: questions, different answers, the commonest answer, its share (0-1), and the share right
+    of giving the commonest answer of each form and kind (`by_form`)."""
+    turns = [turn for record in Records(path, check_images=False) for turn in record.turns]
+    rows = [(turn.category, form_of(turn.question.removeprefix("<image>\n")), turn.answer) for turn in turns]
+    table = pd.DataFrame(rows, columns=["category", "form", "answer"])
+    found = []
+    for category, part in table.groupby("category"):
+        counts = part.answer.value_counts()
+        by_form = part.groupby("form").answer.agg(lambda answers: answers.value_counts().iloc[0]).sum()
+        shares = counts.iloc[0] / len(part), by_form / len(part)
+        found.append((category, len(part), len(counts), counts.index[0], *shares))
+    return pd.DataFrame(found, columns=["category", "questions", "answers", "commonest", "share", "by_form"])
