@@ -22,7 +22,7 @@ from .cutouts import Cutout, PictureSource, trimmed
 # %% ../../nbs/lib/worlds/66_collages.ipynb #14ef9211
 BACKGROUNDS = ("plain", "textured", "photographed")  # the last one needs a folder of pictures
 
-# %% ../../nbs/lib/worlds/66_collages.ipynb #9ffa1478
+# %% ../../nbs/lib/worlds/66_collages.ipynb #ebfb5425
 @dataclass(frozen=True)
 class CollageWorld:
     "The distribution of collages. Lengths are in pixels unless they are shares. Raises InputError."
@@ -41,24 +41,23 @@ class CollageWorld:
     noise: float = 4.0  # standard deviation of the pixel noise of a textured background, of 255
 
     def __post_init__(self):
-        shares = (self.repeat, self.related, self.flip, self.max_overlap, self.lighting)
-        valid = {
+        shares = ("max_overlap", "repeat", "related", "flip", "lighting")
+        fits = {
             "size": self.size >= 32,
             "objects": 1 <= self.objects[0] <= self.objects[1] <= 4,
             "scale": 0 < self.scale[0] <= self.scale[1] <= 1,
             "jitter": 0 <= self.jitter <= min(0.4, 1 - sum(self.scale) / 2),
-            "repeat, related, flip, max_overlap or lighting": all(0 <= share <= 1 for share in shares),
+            **{name: 0 <= getattr(self, name) <= 1 for name in shares},
             "backgrounds": bool(self.backgrounds) and set(self.backgrounds) <= set(BACKGROUNDS),
             "background_folder": ("photographed" in self.backgrounds) == bool(self.background_folder),
             "noise": self.noise >= 0,
         }
-        wrong = [name for name, fits in valid.items() if not fits]
-        if wrong:
+        if wrong := [name for name, good in fits.items() if not good]:
             raise InputError(
-                f"{wrong[0]} of a CollageWorld does not fit ({self})",
+                f"{wrong[0]} {getattr(self, wrong[0])!r} in a CollageWorld",
                 "a size from 32, 1 to 4 objects, a scale in (0, 1], a jitter up to 0.4 and up to 1 minus the "
                 "mean of the scale, so that objects fit beside each other, shares from 0 to 1, "
-                f"and backgrounds from {BACKGROUNDS}, with a background_folder if one is photographed",
+                f"backgrounds from {BACKGROUNDS}, and a background_folder exactly if one is photographed",
                 "correct it",
             )
 

@@ -217,11 +217,11 @@ class PictureSource:
             kept += pictures[first:end] if len(pictures) > 1 else pictures
         return PictureSource(tuple(kept), self.digest)
 
-# %% ../../nbs/lib/worlds/65_cutouts.ipynb #96d69e18
+# %% ../../nbs/lib/worlds/65_cutouts.ipynb #51ad5353
 def _checked_source(cutouts: list[Cutout], left_out: Counter, place: str) -> PictureSource:
     "The source of these pictures, each decoded once. Raises InputError for none."
     if not cutouts:
-        fault = f"no picture in {place}"
+        fault = f"no picture in {place}, {left_out.total()} left out"
         raise InputError(fault, "PNG files with alpha, or a folder of JPEG files per class", "check the path")
     digest = hashlib.sha256()
     trimmed.cache_clear()  # files may have changed
