@@ -165,7 +165,7 @@ def stop_on_signals() -> None:
 # %% ../nbs/lib/30_cli.ipynb #2a0b8d16
 def _run_recipes(options: argparse.Namespace) -> None:
     "List every recipe with its description."
-    import aligned_mllm.experiments.recipes  # noqa: F401  registers the small worlds
+    import aligned_mllm.experiments.desk  # noqa: F401  registers the worlds
     from aligned_mllm.training.recipes import book_of, recipe_names
 
     for name in recipe_names():

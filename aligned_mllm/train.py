@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import aligned_mllm.experiments.recipes  # noqa: F401  registers the small worlds' recipes and models
+import aligned_mllm.experiments.desk  # noqa: F401  registers the worlds' recipes and models
 from .core import InputError, command
 from .training.config import configured, parsed_setting
 from .training.dry_run import dry_run

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core import InputError, data_folder, environment, load_json
 from .arms import ARMS, MAJORITY, Arm, arm_facts, register_arm
+from . import desk  # noqa: F401  registers its world
 from .recipes import WORLDS, world_settings
 
 # %% ../../nbs/lib/experiments/10_plan.ipynb #3a051676
@@ -55,6 +56,7 @@ class Plan:
                 f"recipe {self.recipe!r} for an experiment", f"one of {list(WORLDS)}", "correct --recipe"
             )
         world = WORLDS[self.recipe]
+        object.__setattr__(self, "source", self.source or world.default_source)
         if bool(world.source) != bool(self.source):
             raise InputError(
                 f"recipe {self.recipe!r} with --data {self.source!r}",

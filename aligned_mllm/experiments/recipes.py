@@ -37,7 +37,8 @@ class ExperimentWorld:
     objectives: dict[str, dict] = field(default_factory=dict)  # of an objective, where an arm names none
     limits: dict[str, str] = field(default_factory=dict)  # sentences for reports, by subject
     teacher: str = "dense"  # to which CKNNA compares the visual tokens
-    source: str = ""  # in words: the folder that --data has to name; "" for a world that draws its data
+    source: str = ""  # in words: the folder that --data names; "" for a world that draws its data
+    default_source: str = ""  # the folder that is taken without --data
     one_set: str = ""  # the name of the data folder that all seeds share; "": each has its own
 
 # %% ../../nbs/lib/experiments/05_recipes.ipynb #465e824e

@@ -154,10 +154,11 @@ def convert_augnet(
     found: dict[str, Tensor] = load_state_dict(file, weights_only=True)
     words = "module.pre."
     own = {name.removeprefix(words): value for name, value in found.items()}
-    model = ResNetModel(ResNetConfig())
-    model.load_state_dict({resnet_name(name): own[name] for name in own if not name.startswith("fc.")})
+    model = ResNetModel(ResNetConfig(hidden_sizes=[256, 512, 1024], depths=[3, 4, 6]))
+    kept = [name for name in own if not name.startswith(("layer4.", "fc."))]
+    model.load_state_dict({resnet_name(name): own[name] for name in kept})
     mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    save_tower(model, folder, mean, deviation, layer=3, pool=2, hidden_size=1024)
+    save_tower(model, folder, mean, deviation, pool=2, hidden_size=1024)
 
 # %% ../../nbs/lib/models/09_known_parts.ipynb #d0a3346d
 KNOWN_PARTS = {
@@ -179,12 +180,12 @@ KNOWN_PARTS = {
         mib=18,
     ),
     "augnet": KnownPart(
-        "AugNet's ResNet-50, trained without labels, 7 x 7 tokens of width 1024, MIT",
+        "three stages of AugNet's ResNet-50, trained without labels, 7 x 7 tokens of width 1024, MIT",
         "imgsim==0.1.2",
         "imgsim",
         "model.pth",
         convert_augnet,
-        mib=95,
+        mib=33,
     ),
 }
 
