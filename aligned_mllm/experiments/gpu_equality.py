@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOUNDS', 'Setup', 'copied_setup', 'first_setup', 'losses_of', 'differences', 'require_equal', 'main']
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #511d0d9d
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #454832f6
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
@@ -28,7 +28,7 @@ from ..teachers.vision import Teacher
 from ..training.build import cast_trained_weights
 from ..training.model import AlignedModel, with_targets
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #1172e11a
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #edc37533
 @dataclass
 class Setup:
     "One device and one precision, with its own copies of student, teacher and batch."
@@ -39,7 +39,7 @@ class Setup:
     teacher: Teacher
     batch: dict
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #68f5ced5
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #f5a0c103
 def copied_setup(
     origin: Setup,  # on the CPU, in float32
     device: str,  # cpu or cuda
@@ -61,7 +61,7 @@ def copied_setup(
     batch["pixel_values"] = batch["pixel_values"].to(dtype)
     return Setup(device, bf16, student, teacher, batch)
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #ee226669
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #1269b61e
 def first_setup(
     batch: int = 4,  # samples
 ) -> Setup:
@@ -77,7 +77,7 @@ def first_setup(
         (made,) = batches_of(shape, teacher, options, Path(root))
     return Setup("cpu", False, student, teacher, made)
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #28a64037
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #8c8dc22a
 def losses_of(
     setup: Setup,
 ) -> Iterator[dict]:
@@ -105,13 +105,13 @@ def losses_of(
         norm = nn.utils.get_total_norm(gradients).item()
         yield {"kind": kind, "target": target, "loss": terms[-1].mean.item(), "gradient": norm}
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #ed0dc830
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #41fb32eb
 BOUNDS = {  # of relative differences to the CPU in float32
     "float32": {"loss": 1e-4, "gradient": 1e-4},
-    "bf16": {"loss": 0.01, "gradient": 0.1},
+    "bf16": {"loss": 0.03, "gradient": 0.15},
 }
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #10d84254
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #7ac41e85
 def differences(
     reference: pd.DataFrame,  # from `losses_of`: CPU, float32
     found: pd.DataFrame,  # from another set-up
@@ -128,7 +128,7 @@ def differences(
             rows.append({**row, "bound": bound, "within": apart <= bound})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #ec06c870
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #52e9080c
 def require_equal(
     table: pd.DataFrame,  # from `differences`
 ) -> None:
@@ -143,7 +143,7 @@ def require_equal(
             "read equality.csv; look for a lower precision than intended, TF32 for example",
         )
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #1c7e6a01
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #27b97340
 @command
 def main(
     arguments: list[str] | None = None,  # the command line by default
@@ -167,7 +167,7 @@ def main(
     require_equal(table)
     return 0
 
-# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #2865be84
+# %% ../../nbs/lib/experiments/52_gpu_equality.ipynb #4cb710a7
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

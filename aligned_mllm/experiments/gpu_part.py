@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['part_parser', 'part_device', 'card_facts', 'save_part', 'first_that_fits']
 
-# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #30363ada
+# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #1b469730
 import argparse
 import gc
 import subprocess
@@ -18,7 +18,7 @@ import torch
 
 from ..core import InputError, environment, save_json, whole_file
 
-# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #85374c91
+# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #82931204
 def part_parser(
     module: str,  # of this package, for the help text
 ) -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def part_parser(
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, also on a CPU; numbers mean nothing")
     return parser
 
-# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #97d49c31
+# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #9b5809cc
 def part_device(
     tiny: bool,  # whether a CPU will do
 ) -> str:
@@ -39,7 +39,7 @@ def part_device(
         raise InputError("no GPU that torch can see", "a GPU with 80 GiB", "add --tiny to try it on a CPU")
     return "cpu"
 
-# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #806b35d7
+# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #36ba932b
 def card_facts() -> dict:
     """`environment()`, and the GPU's memory in GiB, its driver, the versions of CUDA and cuDNN that torch was
     built with, and whether the package flash_attn is installed."""
@@ -60,7 +60,7 @@ def card_facts() -> dict:
     facts["cudnn"] = torch.backends.cudnn.version()
     return facts
 
-# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #c0bdbac9
+# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #2811f667
 def save_part(
     name: str,  # of the part
     folder: str | Path,
@@ -72,7 +72,7 @@ def save_part(
         table.to_csv(temporary, index=False)
     save_json(facts, Path(folder) / f"{name}.json")
 
-# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #545bee0b
+# %% ../../nbs/lib/experiments/51_gpu_part.ipynb #42f31e07
 def first_that_fits(
     attempt: Callable[[int], Any],  # takes a batch size
     batches: Sequence[int],  # the one to try first, then smaller ones
