@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CASES', 'Case', 'block_and_inputs', 'chosen_backend', 'block_seconds', 'time_of_case', 'kernel_rows', 'main']
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #0d3e3469
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #df65f2d8
 import statistics
 import sys
 import time
@@ -23,7 +23,7 @@ from .benchmark_setup import Shape
 from .gpu_part import card_facts, part_device, part_parser, save_part
 from .gpu_speed import run_shape
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #a67aeb9d
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #a1ccc773
 @dataclass(frozen=True)
 class Case:
     "A way to run attention."
@@ -33,7 +33,7 @@ class Case:
     padded: bool = False  # with a mask as a tensor
     compiled: bool = False
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #b52e0ab4
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #a6e93ad4
 CASES = (
     Case("sdpa"),
     Case("sdpa", "FLASH_ATTENTION"),
@@ -48,7 +48,7 @@ CASES = (
     Case("sdpa", compiled=True),
 )
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #dcc3d4ea
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #197f5687
 def block_and_inputs(
     shape: Shape,  # of the text model
     case: Case,
@@ -75,7 +75,7 @@ def block_and_inputs(
     others = {"attention_mask": mask, "position_ids": places, "position_embeddings": rotary}
     return block, states.requires_grad_(), others
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #0f3aabe9
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #5302ba93
 def chosen_backend(
     shape: Shape,
     padded: bool,
@@ -90,7 +90,7 @@ def chosen_backend(
         mask = torch.ones(shape.batch, 1, shape.tokens, shape.tokens, dtype=torch.bool, device=device)
     return SDPBackend(torch._fused_sdp_choice(query, query, query, mask, 0.0, not padded)).name
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #02ab1296
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #c3cbe23b
 def block_seconds(
     step: Callable[[], None],  # forward and backward
     device: str,
@@ -106,7 +106,7 @@ def block_seconds(
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[3:])
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #ca9807ba
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #c4311f5a
 def time_of_case(
     shape: Shape,
     case: Case,
@@ -126,7 +126,7 @@ def time_of_case(
     with kernel:
         return block_seconds(step, device, repeats)
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #3c5debb9
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #fcf7feaf
 def kernel_rows(
     shape: Shape,
     device: str,
@@ -157,7 +157,7 @@ def kernel_rows(
         flop = 4 * weights * shape.batch * shape.tokens
         yield {**row, "ms": 1e3 * seconds, "TFLOP/s": flop / seconds / 1e12}
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #9fece8d1
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #df73344b
 @command
 def main(
     arguments: list[str] | None = None,  # the command line by default
@@ -175,7 +175,7 @@ def main(
     print(pd.DataFrame(rows).to_string(float_format="{:.4g}".format))
     return 0
 
-# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #e2c79ffd
+# %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #955dfab6
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

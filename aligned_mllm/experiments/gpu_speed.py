@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'run_shape', 'run_options', 'blocks_of', 'with_compiled', 'steps_of', 'measured_modes', 'main']
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #63683b63
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #9947a58f
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from ..models.taps import decoder_layers
 from ..models.trainable import parts_of
 from ..training.papers.viral import FAST
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #ba80ecf9
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #06877316
 def run_shape(
     tiny: bool,
 ) -> Shape:
     "Sizes of the GPU run; tiny ones have LoRA, too."
     return replace(SHAPES["tiny"], batch=4, rank=4) if tiny else SHAPES["llava7b"]
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #1c03a9d7
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #5381c629
 def run_options(
     device: str,  # cuda or cpu
     tiny: bool,  # few steps
@@ -43,7 +43,7 @@ def run_options(
     chosen = {**types, **counts, "compiled": compiled, "supervised": FAST["supervised_logits"], **others}
     return Options(device, **chosen)
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #412ca91b
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #98d92209
 def blocks_of(
     encoder: nn.Module,  # a vision encoder of transformers
 ) -> list[nn.Module]:
@@ -52,7 +52,7 @@ def blocks_of(
     lists = (module for module in encoder.modules() if isinstance(module, nn.ModuleList))
     return list(next(found for found in lists if len(found) == depth))
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #0ff285b8
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #05ca6137
 def with_compiled(
     step: Callable[[], None],
     blocks: list[nn.Module],  # compiled during this step, in place of how they run otherwise
@@ -76,13 +76,13 @@ def with_compiled(
 
     return compiled_step
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #57108188
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #36f8d2dc
 VARIANTS = {  # what a mode NAME_VARIANT compiles beside the recipe's blocks
     "encoders": "the blocks of the vision tower and of the teacher",
     "tuned": "the same, and the language model's with max-autotune-no-cudagraphs",
 }
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #9a24b061
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #a947de3f
 def steps_of(
     bench: Bench,
     options: Options,
@@ -103,7 +103,7 @@ def steps_of(
         steps[mode] = step
     return steps
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #67391680
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #75e4d631
 def measured_modes(
     name: str,  # of the part
     folder: Path,  # NAME.csv: block, mode, seconds, cpu, peak; NAME.json: facts
@@ -121,6 +121,7 @@ def measured_modes(
 
     def attempt(batch: int) -> None:
         shape = replace(largest, batch=batch)
+        torch.compiler.reset()  # else a second size would be compiled for any length
         with tempfile.TemporaryDirectory() as root:
             bench = bench_of(shape, options, Path(root))
             more = {"shape": asdict(shape), "parameters": bench.parameters, "resident MiB": bench.resident}
@@ -131,7 +132,7 @@ def measured_modes(
     batch, _, failed = first_that_fits(attempt, sizes)
     print(f"{name}: batch {batch}" + "".join(f", {size} did not fit" for size in failed))
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #dbba023a
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #2ca62dbd
 @command
 def main(
     arguments: list[str] | None = None,  # the command line by default
@@ -149,7 +150,7 @@ def main(
     measured_modes(chosen.name, Path(chosen.output), chosen.tiny, chosen.modes, chosen.lora_dropout)
     return 0
 
-# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #da6cc44c
+# %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #d3799a5a
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

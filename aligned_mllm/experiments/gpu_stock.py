@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StepClock', 'Repeated', 'stock_seconds', 'measured_stock', 'first_samples', 'memory_rows', 'measured_memory', 'main']
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #f15cecf6
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #0259eaca
 import sys
 import tempfile
 import time
@@ -23,7 +23,7 @@ from .benchmark_setup import Options, Shape, batches_of, student_and_teacher
 from .gpu_part import card_facts, first_that_fits, part_device, part_parser, save_part
 from .gpu_speed import run_options, run_shape
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #63ed036b
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #f1812e9b
 class StepClock(TrainerCallback):
     "The seconds of each step of a Trainer, from the end of the one before; the first has none."
 
@@ -39,7 +39,7 @@ class StepClock(TrainerCallback):
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #a70c3e7c
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #107e2d87
 class Repeated(Dataset):
     "The samples of one batch, again and again."
 
@@ -60,7 +60,7 @@ class Repeated(Dataset):
             raise IndexError(index)
         return {name: values[index % len(values)] for name, values in self.columns.items()}
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #cc8acdcc
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #a065bce9
 def stock_seconds(
     shape: Shape,  # sizes
     options: Options,  # device and types; its other switches are the Trainer's own
@@ -93,7 +93,7 @@ def stock_seconds(
         Trainer(student, args, train_dataset=samples, callbacks=[clock]).train()
     return clock.seconds[warm:]
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #e6b8c758
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #f276d211
 def measured_stock(
     folder: Path,  # stock.csv: batch, seconds, peak; stock.json
     tiny: bool,
@@ -111,7 +111,7 @@ def measured_stock(
     _, table, failed = first_that_fits(attempt, [4] if tiny else [16, 8, 4])
     save_part("stock", folder, table, {**card_facts(), "did not fit": failed})
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #ea41bad4
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #77eabc78
 def first_samples(
     batch: dict,  # from `batches_of`: one view for each sample
     count: int,
@@ -121,7 +121,7 @@ def first_samples(
     pixels = {label: values[:count] for label, values in batch["view_pixels"].items()}
     return {**cut, "view_pixels": pixels}
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #17f0a317
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #81a57adf
 def memory_rows(
     bench: Bench,
     options: Options,
@@ -134,7 +134,7 @@ def memory_rows(
     }
     return interleaved(steps, options, warm=1).assign(batch=batch)[["batch", "mode", "peak"]]
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #3c359b0b
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #b247b2d1
 def measured_memory(
     folder: Path,  # memory.csv: batch, mode, peak; memory.json
     tiny: bool,
@@ -152,7 +152,7 @@ def measured_memory(
         table = pd.concat([table, memory_rows(bench, options, size)])
         save_part("memory", folder, table, facts)
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #0be88017
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #fdc61f76
 @command
 def main(
     arguments: list[str] | None = None,  # the command line by default
@@ -166,7 +166,7 @@ def main(
     measure(Path(chosen.output), chosen.tiny)
     return 0
 
-# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #6e1786c4
+# %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #be49c755
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())
