@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from aligned_mllm.experiments import gpu, gpu_equality, gpu_kernels, gpu_speed, gpu_stock
-from aligned_mllm.experiments.gpu import PARTS, Part, main, reason_in, result_tables, run_parts
+from aligned_mllm.experiments.gpu import GPU_PARTS, Part, main, reason_in, result_tables, run_parts
 from aligned_mllm.experiments.gpu_part import first_that_fits, part_device
 
 MODULES = {module.__name__: module for module in (gpu_equality, gpu_kernels, gpu_speed, gpu_stock)}
 ENDLESS = "import time\nprint('begun', flush=True)\ntime.sleep(600)"
-CHILD = "import subprocess, sys\nprint(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid)"
+CHILD = """
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+"""
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def commands(tmp_path, monkeypatch):
 
     def add(name: str, source: str, seconds: int = 60) -> None:
         (tmp_path / "commands" / f"{name}.py").write_text(source, encoding="utf-8")
-        monkeypatch.setitem(PARTS, name, Part(seconds, (name, "FOLDER"), tiny=("tiny",)))
+        monkeypatch.setitem(GPU_PARTS, name, Part(seconds, (name, "FOLDER"), tiny=("tiny",)))
 
     return add
 
@@ -32,7 +35,7 @@ def commands(tmp_path, monkeypatch):
 def tiny_run(tmp_path_factory):
     "What all parts leave with tiny shapes, each by its own command."
     folder = tmp_path_factory.mktemp("gpu")
-    for part in PARTS.values():
+    for part in GPU_PARTS.values():
         module, *words = (word.replace("FOLDER", str(folder)) for word in (*part.words, *part.tiny))
         assert MODULES[module].main(words) == 0
     return folder
@@ -40,7 +43,7 @@ def tiny_run(tmp_path_factory):
 
 def test_all_parts_leave_their_tables(tiny_run):
     tables = result_tables(tiny_run)
-    assert set(PARTS) | {"card", "goals"} == set(tables)
+    assert set(GPU_PARTS) | {"card", "goals"} == set(tables)
     assert tables["equality"].within.all() and len(tables["equality"]) == 16
     assert list(tables["speed"].index) == ["plain", "online", "plain_encoders", "online_encoders"]
     assert tables["speed"].loc["plain", "alignment, %"] == 0 and (tables["speed"]["samples/s"] > 0).all()

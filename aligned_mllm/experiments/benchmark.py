@@ -76,7 +76,7 @@ def interleaved(
     steps: dict[str, Callable[[], None]],  # a step of each mode
     options: Options,  # how many blocks and steps
     warm: int,  # steps of each mode before the first block
-    path: Path | None = None,  # a CSV file, written anew after each block
+    path: Path | None = None,  # a CSV file, rewritten after each block
 ) -> pd.DataFrame:
     """Seconds a step (wall clock; CPU time of this process) and peak MiB of every block, modes in turns, each
     after an untimed step: columns block, mode, seconds, cpu, peak (NaN on CPU)."""
