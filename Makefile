@@ -26,8 +26,8 @@ experiment: .venv/ready  ## the main job: train, score, measure, report (ARGS="-
 quick: .venv/ready  ## the same in one to two minutes, too short to mean anything
 	$(BIN)/aligned-mllm experiment --quick $(ARGS)
 
-gpu: .venv/ready  ## what alignment costs a step at the shapes of LLaVA-1.5-7B, on a GPU with 80 GiB (ARGS="--batch 4", ...)
-	$(BIN)/python -m aligned_mllm.experiments.benchmark --device cuda --shapes llava7b --output runs/speed $(ARGS)
+gpu: .venv/ready  ## everything that is measured on a GPU with 80 GiB, twelve minutes at most (ARGS="--parts speed,kernels", ARGS=--tiny, ...)
+	$(BIN)/python -m aligned_mllm.experiments.gpu --output runs/gpu $(ARGS)
 
 lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARGS="--port 9999 --allow-root", ...)
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(ARGS)

@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'MODES', 'Shape', 'Options', 'student_and_teacher', 'batches_of']
 
 # %% ../../nbs/lib/experiments/45_benchmark_setup.ipynb #f84be89c
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -127,10 +127,11 @@ class Options:
     supervised: bool = True  # logits at supervised positions only
     compiled: bool = False  # torch.compile of every block
     checkpointing: bool = False  # gradient checkpointing, not reentrant
+    lora_dropout: float = 0.05  # as in the papers' recipes; it costs time and memory in each linear layer
     steps: int = 5  # timed steps of a block
     blocks: int = 5  # timed blocks of each mode
     pictures: int = 2  # different batches
-    modes: tuple[str, ...] = field(default=("plain", "online", "memory", "disk"))
+    modes: tuple[str, ...] = ("plain", "online", "memory", "disk")
 
     def __post_init__(self):
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -185,6 +186,7 @@ def student_and_teacher(
         output_dir="unused",
         stage=2,
         lora_rank=shape.rank,
+        lora_dropout=options.lora_dropout,
         weights=options.weights,
         trained_weights=options.trained,
         bf16=options.mixed,
