@@ -28,10 +28,17 @@ def _add_experiment_options(
     "Add the options of the main job to a parser."
     job.add_argument("--output", default="", help="its folder (default: runs/RECIPE, or runs/RECIPE_quick)")
     job.add_argument(
-        "--recipe", default="scenes", help="scenes (drawn data) or nlvr (human statements; needs --data)"
+        "--recipe",
+        default="scenes",
+        help="scenes (drawn data), nlvr (human statements; needs --data) or desk (photographs, real parts)",
     )
-    job.add_argument("--data", default="", help="the folder of an NLVR clone, for --recipe nlvr")
+    job.add_argument(
+        "--data", default="", help="the folder of an NLVR clone, or, for --recipe desk, of cut-outs of yours"
+    )
     job.add_argument("--seeds", type=int, default=None, help="how many (default: 3; with --quick 1)")
+    job.add_argument(
+        "--workers", type=int, default=0, help="runs at a time (default: one per core; on a GPU one)"
+    )
     job.add_argument("--arms", default="", help="names, comma separated, from 'aligned-mllm arms'")
     job.add_argument(
         "--arm",
@@ -234,7 +241,8 @@ def _run_experiment(options: argparse.Namespace, words: list[str]) -> None:
     stop_on_signals()
     suffix = "_quick" * options.quick + "_full" * options.full
     folder = Path(options.output or f"runs/{options.recipe}{suffix}")
-    page = experiment(folder, plan_from_options(options), "aligned-mllm " + " ".join(words))
+    plan = plan_from_options(options)
+    page = experiment(folder, plan, "aligned-mllm " + " ".join(words), options.workers)
     print_summary(folder)
     print(f"\n{page}")
 

@@ -7,7 +7,6 @@ __all__ = ['DESK', 'DESK_STAGES', 'DESK_OBJECTIVES', 'pictures_of']
 
 # %% ../../nbs/lib/experiments/07_desk.ipynb #65513eec
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
@@ -24,6 +23,7 @@ DESK = {
     "warmup_steps": 0.05,
     "bf16": True,
     "use_cpu": not torch.cuda.is_available(),
+    "dataloader_num_workers": 3 if torch.cuda.is_available() else 0,
     "position_code": 1.0,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 50,
@@ -80,13 +80,14 @@ WORLDS["desk"] = ExperimentWorld(
         "stage1": {"max_steps": 4, "logging_steps": 2, "save_steps": 4},
     },
     objectives=DESK_OBJECTIVES,
+    tests=("test.jsonl", "unseen.jsonl"),
     teacher="augnet",
     source="a folder of cut-outs",
     default_source=str(STAMPS),
     limits={
-        "teacher": "The teacher was trained without labels, on other pictures. The student's eyes were trained on "
-        "ImageNet's labels.",
-        "scale": "Desk scale: a language model of 135 million weights, collages of cut-out photographs, short "
-        "answers. It shows what happens with real parts, not at 7 billion parameters.",
+        "teacher": "The teacher was trained without labels, on other pictures. The student's eyes were trained "
+        "on ImageNet's labels.",
+        "scale": "Desk scale: a language model of 135 million weights, collages of cut-out photographs, "
+        "short answers. It shows what happens with real parts, not at 7 billion parameters.",
     },
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Job', 'Graph', 'differences', 'graph_of', 'check_jobs', 'worker_count', 'not_finite_stop', 'raise_if_failed',
-           'run_jobs']
+           'run_jobs', 'score_jobs']
 
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #9d70131c
 import json
@@ -20,6 +20,7 @@ from ..core import InputError, load_json
 from .arms import ARMS
 from .plan import Plan, data_of
 from .recipes import WORLDS, world_settings
+from ..evals.task import score_file
 from .runner import Runner
 from ..training.config import configured
 from ..training.finite import read_not_finite
@@ -128,7 +129,8 @@ def check_jobs(
 ) -> None:
     "Build the runs of the first seed without training them. Raises InputError for whatever would stop one."
     first = recipe(f"{plan.recipe}_stage1")
-    start = {"model": first["model"], "words_from": first.get("words_from", [])}
+    names = ("model", "words_from", "vision_tower", "language_model", "chat")  # a model as stage 1 makes it
+    start = {name: first[name] for name in names if name in first}
     for job in tqdm(graph_of(replace(plan, seeds=1), folder).jobs, desc="checking"):
         if not job.done:
             trainer_of(configured(job.recipe, job.data, job.output, {**job.settings, **start}))
@@ -210,3 +212,39 @@ def run_jobs(
             "finite losses and gradients in every run",
             "see not_finite.csv in its folder; the others are kept. Change a setting, or leave the arm out",
         )
+
+# %% ../../nbs/lib/experiments/20_jobs.ipynb #491eb97a
+def score_jobs(
+    plan: Plan,
+    folder: Path,  # the experiment's, with finished runs
+    workers: int,  # runs at the same time
+) -> None:
+    "Ask every run the tests that it has not answered yet, with progress. Raises InputError if one fails."
+    wanted = []
+    for (seed, _), run in graph_of(plan, folder).folders.items():
+        tests = [name for name in WORLDS[plan.recipe].tests if not (run / score_file(name)).is_file()]
+        if tests:
+            data = str(data_of(plan, folder, seed))
+            wanted.append((run, ["--run", str(run), "--data", data, "--records", *tests]))
+    runner = Runner(max(1, (os.cpu_count() or 1) // workers)) if wanted else None
+    running = {}
+    with tqdm(total=len(wanted), desc="asking") as bar:
+        try:
+            while wanted or running:
+                while wanted and len(running) < workers:
+                    run, words = wanted.pop(0)
+                    running[runner.start(words, run / "score_log.txt", "aligned_mllm.evals.task")] = run
+                time.sleep(0.2)
+                for number, status in runner.ended().items():
+                    bar.update()
+                    run = running.pop(number)
+                    if status:
+                        log = (run / "score_log.txt").read_text(encoding="utf-8", errors="replace")
+                        raise InputError(
+                            f"asking {run} stopped with status {status}: {log.strip().splitlines()[-1:]}",
+                            "answers to every question",
+                            f"see {run / 'score_log.txt'}; the same command resumes from here",
+                        )
+        finally:
+            if runner:
+                runner.stop()

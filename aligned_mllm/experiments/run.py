@@ -13,8 +13,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from ..core import load_json, require_space, save_json, sole_owner, whole_file
-from .jobs import check_jobs, graph_of, run_jobs, worker_count
+from .jobs import check_jobs, graph_of, run_jobs, score_jobs, worker_count
 from .plan import Plan, joined_plan, plan_record, prepare_data
+from .recipes import WORLDS
 from aligned_mllm.experiments.tables import (
     read_cknna,
     read_costs,
@@ -31,10 +32,13 @@ def write_tables(
     plan: Plan,
     folder: Path,  # the experiment's, with finished runs
 ) -> None:
-    "Write scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and unlearnt.json."
+    """Write scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and unlearnt.json; scores_NAME.csv for
+    each further test."""
     scores = read_scores(plan, folder)
+    others = {Path(name).stem: read_scores(plan, folder, name) for name in WORLDS[plan.recipe].tests[1:]}
     tables = {
         "scores": scores,
+        **{f"scores_{name}": table for name, table in others.items()},
         "curves": read_curves(plan, folder),
         "cknna": read_cknna(plan, folder),
         "cost": read_costs(plan, folder),
@@ -50,6 +54,7 @@ def experiment(
     folder: str | Path,  # where everything goes
     plan: Plan = Plan(),
     command: str = "",  # what the user typed, for the report
+    workers: int = 0,  # runs at the same time; 0: `worker_count`
 ) -> Path:
     """Run a plan, or resume it. Returns the report's path. Raises InputError for a folder that holds
     another plan."""
@@ -70,7 +75,8 @@ def experiment(
         words = dict.fromkeys(text for text in (*earlier, command) if text)
         commands = " && ".join(words)  # together they make this folder
         save_json(plan_record(plan, commands), record)
-        run_jobs(graph_of(plan, folder).jobs, workers=worker_count())
+        run_jobs(graph_of(plan, folder).jobs, workers or worker_count())
+        score_jobs(plan, folder, workers or worker_count())
         write_tables(plan, folder)
         page = report(folder)
     print(f"{time.perf_counter() - start:.0f} s in this call")

@@ -28,15 +28,16 @@ from ..teachers.vision import load_teacher
 def read_scores(
     plan: Plan,
     folder: Path,  # the experiment's
+    records: str = "test.jsonl",  # the questions, below the data folder
 ) -> pd.DataFrame:
-    "Ask every run: seed, arm, category, correct, total, accuracy. 'majority' is an arm of its own."
+    "Scores of every run: seed, arm, category, correct, total, accuracy. 'majority' is an arm of its own."
     folders = graph_of(plan, folder).folders
     rows = []
     with tqdm(total=len(folders), desc="asking") as bar:
         for seed in range(plan.seeds):
             data = prepare_data(plan, folder, seed)
             for arm in plan.runs:
-                table = score_run(folders[seed, arm], data).assign(seed=seed)
+                table = score_run(folders[seed, arm], data, records).assign(seed=seed)
                 rows.append(table.assign(arm=arm))
                 bar.update()
             correct = (table.majority * table.total).round().astype(int)
