@@ -231,7 +231,7 @@ def _checked_source(cutouts: list[Cutout], left_out: Counter, place: str) -> Pic
         digest.update(hashlib.sha256(cutout.path.read_bytes()).digest())
     return PictureSource(tuple(cutouts), digest.hexdigest()[:16], dict(left_out))
 
-# %% ../../nbs/lib/worlds/65_cutouts.ipynb #d3d67fe1
+# %% ../../nbs/lib/worlds/65_cutouts.ipynb #3d181465
 DRAWN = {  # folder/name: colour, and polygons or ellipses in a square of side 100
     "food/fruit/orange": ((240, 140, 20), ("ellipse", 4, 4, 96, 96)),
     "food/fruit/lemon": ((245, 225, 50), ("ellipse", 2, 22, 98, 78)),
@@ -248,7 +248,11 @@ DRAWN = {  # folder/name: colour, and polygons or ellipses in a square of side 1
     "tools/spade": ((60, 110, 70), ("polygon", 44, 2, 56, 2, 56, 50, 80, 50, 50, 98, 20, 50, 44, 50)),
     "tools/wrench": ((70, 90, 140), ("ellipse", 25, 2, 75, 40), ("polygon", 42, 35, 58, 35, 58, 98, 42, 98)),
     "tools/nail": ((40, 40, 50), ("polygon", 25, 2, 75, 2, 75, 14, 56, 14, 50, 98, 44, 14, 25, 14)),
-    "tools/ladder": ((200, 120, 60), ("polygon", 15, 2, 85, 2, 85, 98, 70, 98, 70, 20, 30, 20, 30, 98)),
+    "tools/ladder": (
+        *((200, 120, 60), ("polygon", 15, 2, 30, 2, 30, 98, 15, 98)),
+        ("polygon", 70, 2, 85, 2, 85, 98, 70, 98),
+        *(("polygon", 15, 20, 85, 20, 85, 32, 15, 32), ("polygon", 15, 62, 85, 62, 85, 74, 15, 74)),
+    ),
 }
 
 # %% ../../nbs/lib/worlds/65_cutouts.ipynb #4c8e583d
