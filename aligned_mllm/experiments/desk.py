@@ -25,6 +25,7 @@ DESK = {
     "use_cpu": not torch.cuda.is_available(),
     "dataloader_num_workers": 3 if torch.cuda.is_available() else 0,
     "position_code": 1.0,
+    "keep_features_mib": 0 if torch.cuda.is_available() else 1024,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 50,
     "logging_steps": 20,
@@ -73,7 +74,7 @@ WORLDS["desk"] = ExperimentWorld(
     facts=lambda plan, seed: photograph_config(seed, pictures_of(plan.source), plan.sizes),
     write=lambda plan, folder, seed: write_photographs(folder, pictures_of(plan.source), seed, plan.sizes),
     note="photographs.json",
-    sizes=PhotographSizes(train=3000, captions=2000, validation=50, test=250, unseen=100),
+    sizes=PhotographSizes(train=2400, captions=2400, validation=50, test=150, unseen=60),
     quick={
         "sizes": PhotographSizes(train=40, captions=40, validation=8, test=12, unseen=8),
         "settings": {"max_steps": 4, "eval_steps": 4, "logging_steps": 2, "save_steps": 4},
@@ -85,8 +86,8 @@ WORLDS["desk"] = ExperimentWorld(
     source="a folder of cut-outs",
     default_source=str(STAMPS),
     limits={
-        "teacher": "The teacher was trained without labels, on other pictures. The student's eyes were trained "
-        "on ImageNet's labels.",
+        "teacher": "The teacher was trained without labels, on other pictures. The student's vision tower was "
+        "trained on ImageNet's labels.",
         "scale": "Desk scale: a language model of 135 million weights, collages of cut-out photographs, "
         "short answers. It shows what happens with real parts, not at 7 billion parameters.",
     },

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import transformers
+from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from ..core import load_json, require_space, save_json, sole_owner, whole_file
@@ -59,13 +60,19 @@ def experiment(
     """Run a plan, or resume it. Returns the report's path. Raises InputError for a folder that holds
     another plan."""
     folder = Path(folder)
+    workers = workers or worker_count()
     start = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()
     plan = joined_plan(plan, folder)
     require_space(folder, 2**28 + plan.seeds * len(plan.arms) * 2**24)
     with sole_owner(folder):
-        for seed in tqdm(range(plan.seeds), desc="preparing data"):
-            prepare_data(plan, folder, seed)
+        seeds = range(1 if WORLDS[plan.recipe].one_set else plan.seeds)
+        data = Parallel(workers, return_as="generator")(
+            delayed(prepare_data)(plan, folder, seed) for seed in seeds
+        )
+        for _ in tqdm(data, desc="preparing data", total=len(seeds)):
+            pass
+        for seed in range(plan.seeds):
             parts = folder / "parts" / f"seed{seed}"
             if plan.vary_parts and not (parts / "parts.json").is_file():
                 build_parts(parts, seed)
@@ -75,8 +82,8 @@ def experiment(
         words = dict.fromkeys(text for text in (*earlier, command) if text)
         commands = " && ".join(words)  # together they make this folder
         save_json(plan_record(plan, commands), record)
-        run_jobs(graph_of(plan, folder).jobs, workers or worker_count())
-        score_jobs(plan, folder, workers or worker_count())
+        run_jobs(graph_of(plan, folder).jobs, workers)
+        score_jobs(plan, folder, workers)
         write_tables(plan, folder)
         page = report(folder)
     print(f"{time.perf_counter() - start:.0f} s in this call")

@@ -6,6 +6,8 @@
 __all__ = ['GridVisionConfig', 'GridVisionModel']
 
 # %% ../../nbs/lib/models/08_grid_vision.ipynb #266d2bd2
+from hashlib import blake2b
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -57,6 +59,8 @@ class GridVisionModel(PreTrainedModel):
     def __init__(self, config: GridVisionConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
+        self.keep_mib = 0  # memory for tokens that are kept, for a tower that does not train
+        self.kept: dict[bytes, Tensor] = {}  # digest of an image to its tokens
         self.post_init()
 
     def train(self, mode: bool = True):
@@ -75,16 +79,29 @@ class GridVisionModel(PreTrainedModel):
                 f"multiples of {side}",
                 "resize it, as its processor does",
             )
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            pixels = pixel_values.to(self.dtype)
+        tokens = self._kept_tokens(pixel_values) if self.keep_mib else self._tokens(pixel_values)
+        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, enabled=False):
+            pixels = pixels.to(self.dtype)
             if self.config.layer == -1:
                 features = self.backbone(pixels).last_hidden_state
             else:
                 features = self.backbone(pixels, output_hidden_states=True).hidden_states[self.config.layer]
             if self.config.pool > 1:
                 features = nn.functional.avg_pool2d(features, self.config.pool)
-        tokens = features.flatten(2).transpose(1, 2)
-        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+        return features.flatten(2).transpose(1, 2)
+
+    def _kept_tokens(self, pixels: Tensor) -> Tensor:
+        digests = [blake2b(image.numpy(force=True).tobytes()).digest() for image in pixels]
+        new = [index for index, digest in enumerate(digests) if digest not in self.kept]
+        found = dict(zip(map(digests.__getitem__, new), self._tokens(pixels[new]) if new else ()))
+        for digest, tokens in found.items():
+            size = tokens.numel() * tokens.element_size()
+            if (len(self.kept) + 1) * size <= self.keep_mib * 2**20:
+                self.kept[digest] = tokens.detach().clone()
+        return torch.stack([self.kept.get(digest, found.get(digest)) for digest in digests])
 
 # %% ../../nbs/lib/models/08_grid_vision.ipynb #4ff49f9b
 AutoConfig.register(GridVisionConfig.model_type, GridVisionConfig, exist_ok=True)

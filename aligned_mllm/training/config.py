@@ -100,6 +100,9 @@ class AlignConfig(TrainingArguments):
     position_code: float = setting(
         0.0, "size of a 2-D position code added to the visual features; 0 for none"
     )
+    keep_features_mib: int = setting(
+        0, "memory in which a convolutional vision tower that does not train keeps its features; 0: none"
+    )
     residual: str = setting("", f"adds visual features again after a block: one of {list(RESIDUALS)}")
     residual_layer: int = setting(16, "the block after which the residual is added")
     not_finite: str = setting(
