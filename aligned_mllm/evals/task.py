@@ -106,7 +106,7 @@ def trained_on(
 
 # %% ../../nbs/lib/evals/10_task.ipynb #7a7861ab
 def score_file(
-    records: str = "test.jsonl",  # what was asked, the name of a file below a data folder
+    records: str = "test.jsonl",  # of the questions, a file below a data folder
     name: str = "scores.csv",  # of the file for the test questions
 ) -> str:
     "The name of a file of scores in a run folder: other questions than the test's have files of their own."

@@ -26,10 +26,10 @@ DESK = {
     "dataloader_num_workers": 3 if torch.cuda.is_available() else 0,
     "position_code": 1.0,
     "keep_features_mib": 0 if torch.cuda.is_available() else 1024,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 50,
-    "logging_steps": 20,
-    "save_steps": 200,
+    "logging_steps": 25,
+    "save_steps": 150,
     "save_total_limit": 1,
 }
 
@@ -41,19 +41,18 @@ DESK_STAGES = {
         "vision_tower": "efficientnet_lite0",
         "language_model": "smollm2",
         "chat": "own",
-        "stage": 1,
+        "stage": 2,
         "records": "captions.jsonl",
-        "learning_rate": 1e-3,
-        "max_steps": 300,
+        "learning_rate": 3e-4,
+        "max_steps": 450,
     },
     2: {
         **DESK,
         "stage": 2,
-        "lora_rank": 32,
         "evaluation_records": "validation.jsonl",
-        "eval_steps": 200,
-        "learning_rate": 1e-3,
-        "max_steps": 400,
+        "eval_steps": 150,
+        "learning_rate": 2e-4,
+        "max_steps": 600,
     },
 }
 
@@ -81,12 +80,12 @@ WORLDS["desk"] = ExperimentWorld(
         "stage1": {"max_steps": 4, "logging_steps": 2, "save_steps": 4},
     },
     objectives=DESK_OBJECTIVES,
-    tests=("test.jsonl", "unseen.jsonl"),
+    more_tests={"unseen.jsonl": "Objects that no training picture shows"},
     teacher="augnet",
     source="a folder of cut-outs",
     default_source=str(STAMPS),
     limits={
-        "teacher": "The teacher was trained without labels, on other pictures. The student's vision tower was "
+        "teacher": "The teacher was trained without labels, on other pictures. The student's encoder was "
         "trained on ImageNet's labels.",
         "scale": "Desk scale: a language model of 135 million weights, collages of cut-out photographs, "
         "short answers. It shows what happens with real parts, not at 7 billion parameters.",

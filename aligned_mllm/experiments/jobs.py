@@ -222,7 +222,8 @@ def score_jobs(
     "Ask every run the tests that it has not answered yet, with progress. Raises InputError if one fails."
     wanted = []
     for (seed, _), run in graph_of(plan, folder).folders.items():
-        tests = [name for name in WORLDS[plan.recipe].tests if not (run / score_file(name)).is_file()]
+        every = ("test.jsonl", *WORLDS[plan.recipe].more_tests)
+        tests = [name for name in every if not (run / score_file(name)).is_file()]
         if tests:
             data = str(data_of(plan, folder, seed))
             wanted.append((run, ["--run", str(run), "--data", data, "--records", *tests]))

@@ -241,6 +241,7 @@ def plan_record(
         "imports": list(plan.imports),
         "runs": list(plan.runs),
         "lines": [BLIND, MAJORITY.name],
+        "more_tests": {Path(name).stem: text for name, text in WORLDS[plan.recipe].more_tests.items()},
         "facts": {arm.name: arm_facts(arm) for arm in [*map(ARMS.get, plan.runs), MAJORITY]},
         "command": command,
         "settings": common_settings(plan),

@@ -36,7 +36,7 @@ class ExperimentWorld:
     quick: dict  # a plan's values where everything only has to run: sizes, settings, stage1
     objectives: dict[str, dict] = field(default_factory=dict)  # of an objective, where an arm names none
     limits: dict[str, str] = field(default_factory=dict)  # sentences for reports, by subject
-    tests: tuple[str, ...] = ("test.jsonl",)  # record files of questions; the first gives the scores
+    more_tests: dict[str, str] = field(default_factory=dict)  # beside the test: record file to a heading
     teacher: str = "dense"  # to which CKNNA compares the visual tokens
     source: str = ""  # in words: the folder that --data names; "" for a world that draws its data
     default_source: str = ""  # the folder that is taken without --data

@@ -36,7 +36,7 @@ def write_tables(
     """Write scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and unlearnt.json; scores_NAME.csv for
     each further test."""
     scores = read_scores(plan, folder)
-    others = {Path(name).stem: read_scores(plan, folder, name) for name in WORLDS[plan.recipe].tests[1:]}
+    others = {Path(name).stem: read_scores(plan, folder, name) for name in WORLDS[plan.recipe].more_tests}
     tables = {
         "scores": scores,
         **{f"scores_{name}": table for name, table in others.items()},

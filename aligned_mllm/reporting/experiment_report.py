@@ -75,6 +75,10 @@ def _read(folder: Path) -> dict:
         )
     for name in ("examples", "unlearnt"):
         found[name] = load_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else None
+    found["more_scores"] = {}  # a further test's heading to its scores
+    for name, heading in found["plan"].get("more_tests", {}).items():
+        if (folder / f"scores_{name}.csv").is_file():
+            found["more_scores"][heading] = pd.read_csv(folder / f"scores_{name}.csv")
     register_looks(found["plan"])
     present = set(found["scores"].arm)
     lines = found["plan"].get("lines", [])
@@ -118,6 +122,12 @@ def _section_scores(found: dict) -> str:
             "reaches down to a model without images or to the commonest answer. Differences between arms on "
             "a type that is not learnt say little.</p>"
         )
+    for heading, table in found["more_scores"].items():
+        parts += [
+            f"<h3>{escape(heading)}</h3>",
+            f"<p>{accuracy_caption(table)}</p>",
+            html_table(_labelled(summary_table(table, found["rows"]))),
+        ]
     if found["baseline"]:
         parts += [
             "<h2>Gains</h2>",
