@@ -16,10 +16,11 @@ from .core import InputError, command
 
 # %% ../nbs/lib/30_cli.ipynb #2c735f7d
 def every_arm() -> tuple[str, ...]:
-    "The arms of --full: all that have a name, but for the blind one, which is always run."
+    "The arms of --full: all but the blind one, which is always run, and those of `cause_arms`."
     from aligned_mllm.experiments.arms import ARMS
+    from aligned_mllm.experiments.cause_arms import CAUSE_ARMS
 
-    return tuple(arm for arm in ARMS if arm != "blind")
+    return tuple(arm for arm in ARMS if arm not in ("blind", *CAUSE_ARMS))
 
 # %% ../nbs/lib/30_cli.ipynb #2ef4ec95
 def _add_experiment_options(
@@ -179,6 +180,7 @@ def _run_recipes(options: argparse.Namespace) -> None:
 # %% ../nbs/lib/30_cli.ipynb #c80d4f2e
 def _run_arms(options: argparse.Namespace) -> None:
     "List every arm with its description."
+    import aligned_mllm.experiments.recipes  # noqa: F401  registers every arm
     from aligned_mllm.experiments.arms import ARMS
 
     for name, arm in ARMS.items():

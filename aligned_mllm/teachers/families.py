@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'patch_of', 'native_grid', 'run_any_size', 'run_interpolated', 'run_packed', 'run_on_canvas',
-           'run_backbone', 'Family', 'family_of']
+           'run_backbone', 'run_handcrafted', 'Family', 'family_of']
 
 # %% ../../nbs/lib/teachers/00_families.ipynb #e0bdfbfc
 from collections.abc import Callable
@@ -114,6 +114,21 @@ def run_backbone(
     states = model(pixels, output_hidden_states=True).hidden_states
     return model.layernorm(states[-1]) if layer is None else states[layer]
 
+# %% ../../nbs/lib/teachers/00_families.ipynb #a7f0ec5b
+def run_handcrafted(
+    model: nn.Module,  # a fixed function such as HOG
+    pixels: Tensor,  # (I, 3, height, width), multiples of the patch
+    layer: int | None,  # must be None
+) -> Tensor:
+    "Descriptors (I, N, D). Raises InputError for a layer."
+    if layer is not None:
+        raise InputError(
+            f"hidden state {layer} of {model.config.model_type}",
+            "its descriptors: it has no layers",
+            "leave out the layer",
+        )
+    return model(pixels)
+
 # %% ../../nbs/lib/teachers/00_families.ipynb #3793d6e4
 @dataclass(frozen=True)
 class Family:
@@ -165,6 +180,7 @@ FAMILIES: dict[str, Family] = {
     "sam": _sam,
     "sam_vision_model": _sam,
     "depth_anything": _depth,
+    "hog": Family(run_handcrafted, "none: any size", "its descriptors"),
     "radio": Family(run_any_size, _learned, "last", prefix=_summaries, normalizes=True),
 }
 

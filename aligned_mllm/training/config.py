@@ -96,6 +96,10 @@ class AlignConfig(TrainingArguments):
     position_code: float = setting(
         0.0, "size of a 2-D position code added to the visual features; 0 for none"
     )
+    visual_norm: bool = setting(
+        False, "true scales visual tokens to the mean norm of the words' embeddings, with nothing learnt"
+    )
+    rotary_2d: bool = setting(False, "true gives a picture's patches rotary positions by row and column")
     residual: str = setting("", f"adds visual features again after a block: one of {list(RESIDUALS)}")
     residual_layer: int = setting(16, "the block after which the residual is added")
     not_finite: str = setting(
