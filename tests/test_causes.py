@@ -35,7 +35,8 @@ def test_a_patch_of_the_hog_teacher_is_a_block_of_its_own_pixels(small_data):
     "As scikit-image computes it; blocks begin at every cell, and a patch is every second one."
     teacher = load_teacher("hog")
     picture = np.array(Image.open(sorted(small_data.rglob("*.png"))[0]).convert("RGB"))
-    features = teacher.features(teacher.pixels_of_view(Image.fromarray(picture), (0, 0, 1, 1), (5, 5))[None])[0]
+    view = teacher.pixels_of_view(Image.fromarray(picture), (0, 0, 1, 1), (5, 5))
+    (features,) = teacher.features(view[None])
     theirs = torch.from_numpy(hog(picture / 255, 9, (4, 4), (2, 2), feature_vector=False, channel_axis=-1))
     for row, column in ((0, 0), (1, 3), (4, 2)):
         block = theirs[2 * row, 2 * column].flatten().float()
