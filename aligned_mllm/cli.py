@@ -31,6 +31,7 @@ def _add_experiment_options(
     job.add_argument(
         "--recipe", default="scenes", help="scenes (drawn data) or nlvr (human statements; needs --data)"
     )
+    job.add_argument("--plan", default="", help="a named plan: 'causes' takes VIRAL's gain apart (hours)")
     job.add_argument("--data", default="", help="the folder of an NLVR clone, for --recipe nlvr")
     job.add_argument("--seeds", type=int, default=None, help="how many (default: 3; with --quick 1)")
     job.add_argument("--arms", default="", help="names, comma separated, from 'aligned-mllm arms'")
@@ -136,7 +137,8 @@ def plan_from_options(
     options: argparse.Namespace,  # of the command experiment
 ):
     "The plan that the options describe. Raises InputError."
-    from aligned_mllm.experiments.plan import QUICK, Plan
+    from aligned_mllm.experiments.named_plans import named_plan
+    from aligned_mllm.experiments.plan import Plan
     from aligned_mllm.training.config import parsed_setting
 
     if options.seeds is not None and options.seeds < 1:
@@ -147,7 +149,8 @@ def plan_from_options(
             "--data with --recipe nlvr",
             "add --recipe nlvr, or leave out --data",
         )
-    chosen = {"recipe": options.recipe, "source": options.data, **(QUICK if options.quick else {})}
+    chosen = {"recipe": options.recipe, "source": options.data}
+    chosen |= named_plan(options.plan, options.quick)
     if options.seeds is not None:
         chosen["seeds"] = options.seeds
     if options.full:
@@ -240,7 +243,7 @@ def _run_experiment(options: argparse.Namespace, words: list[str]) -> None:
 
     stop_on_signals()
     suffix = "_quick" * options.quick + "_full" * options.full
-    folder = Path(options.output or f"runs/{options.recipe}{suffix}")
+    folder = Path(options.output or f"runs/{options.plan or options.recipe}{suffix}")
     page = experiment(folder, plan_from_options(options), "aligned-mllm " + " ".join(words))
     print_summary(folder)
     print(f"\n{page}")

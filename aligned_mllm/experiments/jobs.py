@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core import InputError, load_json
-from .arms import ARMS
+from .arms import ARMS, Arm
 from .plan import Plan, data_of
 from .recipes import WORLDS, world_settings
 from .runner import Runner
@@ -88,6 +88,22 @@ class Graph:
             self.jobs.append(job)
         return self.known[key]
 
+    def add_arm(self, plan: Plan, folder: Path, seed: int, arm: Arm, tried: str = "", **settings) -> Job:
+        "Stage 2 of an arm for a seed, after its stage 1. tried: the name of a trial of further settings."
+        data = data_of(plan, folder, seed)
+        parts = {"parts": str(folder / "parts" / f"seed{seed}")} if plan.vary_parts else {}
+        common = {"seed": seed, "disable_tqdm": True, **parts}
+        place = folder / f"seed{seed}"
+        own = differences(plan.recipe, 1, arm.stage1)
+        first = place / (f"stage1_{arm.name}" if own else "stage1")
+        start = {**common, **own, **plan.stage1}
+        stage1 = self.add(Job(first, f"{plan.recipe}_stage1", data, start, imports=plan.imports))
+        own = differences(plan.recipe, 2, arm.stage2)
+        model = {"model": str(stage1.output / "model")}
+        every = {**common, **model, **own, **plan.settings_for(arm), **settings}
+        output = place / f"{arm.name}{tried}"
+        return self.add(Job(output, plan.recipe, data, every, stage1.output, plan.imports))
+
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #82a4271a
 def differences(
     world: str,  # a name from WORLDS
@@ -106,19 +122,8 @@ def graph_of(
     "Every run of an experiment: the stage 1 of each seed, then its arms and the blind one."
     graph = Graph()
     for seed in range(plan.seeds):
-        data = data_of(plan, folder, seed)
-        parts = {"parts": str(folder / "parts" / f"seed{seed}")} if plan.vary_parts else {}
-        common = {"seed": seed, "disable_tqdm": True, **parts}
-        place = folder / f"seed{seed}"
         for arm in map(ARMS.get, plan.runs):
-            own = differences(plan.recipe, 1, arm.stage1)
-            first = place / (f"stage1_{arm.name}" if own else "stage1")
-            settings = {**common, **own, **plan.stage1}
-            stage1 = graph.add(Job(first, f"{plan.recipe}_stage1", data, settings, imports=plan.imports))
-            own = differences(plan.recipe, 2, arm.stage2)
-            settings = {**common, "model": str(stage1.output / "model"), **own, **plan.settings_for(arm)}
-            job = Job(place / arm.name, plan.recipe, data, settings, stage1.output, plan.imports)
-            graph.folders[seed, arm.name] = graph.add(job).output
+            graph.folders[seed, arm.name] = graph.add_arm(plan, folder, seed, arm).output
     return graph
 
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #539f974a

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..core import load_json, require_space, save_json, sole_owner, whole_file
 from .jobs import check_jobs, graph_of, run_jobs, worker_count
 from .plan import Plan, joined_plan, plan_record, prepare_data
+from .trials import choose
 from aligned_mllm.experiments.tables import (
     read_cknna,
     read_costs,
@@ -65,6 +66,8 @@ def experiment(
             if plan.vary_parts and not (parts / "parts.json").is_file():
                 build_parts(parts, seed)
         check_jobs(plan, folder)
+        if plan.choice:
+            plan = choose(plan, folder)
         record = folder / "plan.json"
         earlier = load_json(record)["command"].split(" && ") if record.is_file() else []
         words = dict.fromkeys(text for text in (*earlier, command) if text)
