@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..core import load_json, require_space, save_json, sole_owner, whole_file
 from .jobs import check_jobs, graph_of, run_jobs, worker_count
+from .cause_tables import write_cause_tables
 from .plan import Plan, joined_plan, plan_record, prepare_data
 from .trials import choose
 from aligned_mllm.experiments.tables import (
@@ -75,6 +76,8 @@ def experiment(
         save_json(plan_record(plan, commands), record)
         run_jobs(graph_of(plan, folder).jobs, workers=worker_count())
         write_tables(plan, folder)
+        if plan.choice:
+            write_cause_tables(plan, folder)
         page = report(folder)
     print(f"{time.perf_counter() - start:.0f} s in this call")
     return page
