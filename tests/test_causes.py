@@ -1,16 +1,19 @@
 "Arms that take a gain apart: their teachers, their students, and the plan that compares them."
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from skimage.feature import hog
 
-from aligned_mllm.core import InputError, data_folder
+from aligned_mllm.cli import main
+from aligned_mllm.core import InputError, data_folder, load_json
 from aligned_mllm.data.collate import Collator, Samples, model_inputs
 from aligned_mllm.data.records import Records
 from aligned_mllm.experiments.arms import ARMS
 from aligned_mllm.experiments.cause_arms import CAUSE_ARMS
+from aligned_mllm.experiments.gradient_runs import GradientListener
 from aligned_mllm.models.load import load_model
 from aligned_mllm.models.rotary import add_rotary_2d
 from aligned_mllm.objectives.base import combine
@@ -19,6 +22,7 @@ from aligned_mllm.train import run
 from aligned_mllm.training.config import configured
 from aligned_mllm.training.model import with_targets
 from aligned_mllm.training.run import trainer_of
+from aligned_mllm.training.trainer import TermTrainer
 from aligned_mllm.worlds.small_models import embedded_model
 
 FEW = {
@@ -29,6 +33,9 @@ FEW = {
     "disable_tqdm": True,
     "per_device_train_batch_size": 8,
 }
+
+
+SHORT = ["--set", "max_steps=10", "--set", "eval_steps=10"]  # of a rehearsal
 
 
 def test_a_patch_of_the_hog_teacher_is_a_block_of_its_own_pixels(small_data):
@@ -131,3 +138,78 @@ def test_every_cause_has_its_baseline_and_a_control_differs_in_one_setting():
             keys = {*arm.stage2, *method.stage2}
             different = [key for key in keys if arm.stage2.get(key) != method.stage2.get(key)]
             assert len(different) == 1 and arm.baseline == method.baseline, name
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    "The plan 'causes' at its quick size: two seeds, three arms, a choice between two rates."
+    folder = tmp_path_factory.mktemp("causes") / "causes"
+    status = main(["experiment", "--plan", "causes", "--quick", "--seeds", "2", *SHORT, "--output", str(folder)])
+    assert status == 0
+    return folder
+
+
+def test_every_trial_is_kept_and_the_best_one_is_used(rehearsal):
+    table = pd.read_csv(rehearsal / "choices.csv")
+    assert set(table.seed) == {100} and set(table.learning_rate) == {2e-3, 4e-3}
+    choices = load_json(rehearsal / "choices.json")
+    assert set(choices) == {"plain", "viral", "other_image", "blind"} and choices["blind"]["like"] == "plain"
+    for arm in ("plain", "viral", "other_image"):
+        tried = table[(table.arm == arm) & (table.category == "mean")].set_index("learning_rate").accuracy
+        assert choices[arm]["learning_rate"] == tried.idxmax()  # the first of equals
+        for seed in range(2):
+            config = load_json(rehearsal / f"seed{seed}" / arm / "config.json")
+            assert config["learning_rate"] == choices[arm]["learning_rate"]
+            assert config["objectives"].get("viral", {"weight": 0.5})["weight"] == 0.5
+    assert load_json(rehearsal / "seed0" / "blind" / "config.json")["learning_rate"] == (
+        choices["plain"]["learning_rate"]
+    )
+
+
+def test_trials_do_not_touch_the_reported_seeds(rehearsal):
+    trained = {path.parent for path in rehearsal.glob("choices/seed*/*/config.json")}
+    assert {path.parent.name for path in trained} == {"seed100"}
+    asked = {load_json(path)["digest"] for path in rehearsal.glob("choices/seed100/*/scores.json")}
+    reported = {load_json(path)["digest"] for path in rehearsal.glob("seed*/*/scores.json")}
+    assert len(asked) == 1 and len(reported) == 2 and not asked & reported
+
+
+def test_the_tables_of_causes(rehearsal):
+    causes = pd.read_csv(rehearsal / "causes.csv")
+    assert set(causes.comparison) == {"gain", "lead"} and set(causes.seeds) == {2}
+    scores = pd.read_csv(rehearsal / "scores.csv")
+    means = scores.groupby(["seed", "arm"]).accuracy.mean().unstack()
+    row = causes[(causes.comparison == "lead") & (causes.category == "mean")].iloc[0]
+    assert (row.arm, row.reference) == ("viral", "other_image")
+    assert row["mean"] == pytest.approx(100 * (means.viral - means.other_image).mean())
+    assert (causes.detectable >= causes.deviation).all()  # of two seeds, only a difference that is far larger
+    structure = pd.read_csv(rehearsal / "structure.csv").pivot(index="measure", columns="arm", values="value")
+    assert (structure.viral == structure.other_image).all()
+    gradients = pd.read_csv(rehearsal / "gradients.csv")
+    assert set(gradients.arm) == {"viral", "other_image"} and gradients.cosine.abs().max() < 1
+    assert (gradients.norm_alignment > 0).all() and gradients.step.max() == 9
+
+
+def test_a_finished_experiment_is_not_made_again(rehearsal, capsys):
+    before = {path: path.stat().st_mtime_ns for path in rehearsal.rglob("done.json")}
+    assert len(before) == 7 + 2 * 5  # with a stage 1 for each seed
+    main(["experiment", "--plan", "causes", "--quick", "--seeds", "2", *SHORT, "--output", str(rehearsal)])
+    assert {path: path.stat().st_mtime_ns for path in rehearsal.rglob("done.json")} == before
+    with pytest.raises(SystemExit):
+        main(["experiment", "--plan"])
+    assert main(["experiment", "--plan", "reasons"]) == 2
+    assert "one of ['causes']" in capsys.readouterr().err
+
+
+def test_a_run_made_again_with_the_listener_has_the_same_losses(small_data, tmp_path):
+    settings = {**FEW, "seed": 0, "save_strategy": "no", "eval_strategy": "no"}
+    losses = []
+    for steps in ((), (0, 3, 7)):
+        trainer = trainer_of(configured("scenes_viral", small_data, tmp_path / str(len(steps)), settings))
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+        listener = GradientListener(steps, [batch])
+        trainer.add_callback(listener)
+        TermTrainer.train(trainer)
+        losses.append([row["loss_viral"] for row in trainer.state.log_history if "loss_viral" in row])
+        assert [row["step"] for row in listener.rows] == list(steps)
+    assert losses[0] == losses[1] and len(losses[0]) == 8
