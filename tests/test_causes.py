@@ -35,7 +35,7 @@ FEW = {
 }
 
 
-SHORT = ["--set", "max_steps=10", "--set", "eval_steps=10"]  # of a rehearsal
+COMMAND = "experiment --plan causes --quick --seeds 2 --set max_steps=10 --set eval_steps=10".split()
 
 
 def test_a_patch_of_the_hog_teacher_is_a_block_of_its_own_pixels(small_data):
@@ -141,60 +141,60 @@ def test_every_cause_has_its_baseline_and_a_control_differs_in_one_setting():
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
+def quick_causes(tmp_path_factory):
     "The plan 'causes' at its quick size: two seeds, three arms, a choice between two rates."
     folder = tmp_path_factory.mktemp("causes") / "causes"
-    status = main(["experiment", "--plan", "causes", "--quick", "--seeds", "2", *SHORT, "--output", str(folder)])
-    assert status == 0
+    assert main([*COMMAND, "--output", str(folder)]) == 0
     return folder
 
 
-def test_every_trial_is_kept_and_the_best_one_is_used(rehearsal):
-    table = pd.read_csv(rehearsal / "choices.csv")
+def test_every_trial_is_kept_and_the_best_one_is_used(quick_causes):
+    table = pd.read_csv(quick_causes / "choices.csv")
     assert set(table.seed) == {100} and set(table.learning_rate) == {2e-3, 4e-3}
-    choices = load_json(rehearsal / "choices.json")
+    choices = load_json(quick_causes / "choices.json")
     assert set(choices) == {"plain", "viral", "other_image", "blind"} and choices["blind"]["like"] == "plain"
     for arm in ("plain", "viral", "other_image"):
         tried = table[(table.arm == arm) & (table.category == "mean")].set_index("learning_rate").accuracy
         assert choices[arm]["learning_rate"] == tried.idxmax()  # the first of equals
         for seed in range(2):
-            config = load_json(rehearsal / f"seed{seed}" / arm / "config.json")
+            config = load_json(quick_causes / f"seed{seed}" / arm / "config.json")
             assert config["learning_rate"] == choices[arm]["learning_rate"]
             assert config["objectives"].get("viral", {"weight": 0.5})["weight"] == 0.5
-    assert load_json(rehearsal / "seed0" / "blind" / "config.json")["learning_rate"] == (
+    assert load_json(quick_causes / "seed0" / "blind" / "config.json")["learning_rate"] == (
         choices["plain"]["learning_rate"]
     )
 
 
-def test_trials_do_not_touch_the_reported_seeds(rehearsal):
-    trained = {path.parent for path in rehearsal.glob("choices/seed*/*/config.json")}
+def test_trials_do_not_touch_the_reported_seeds(quick_causes):
+    trained = {path.parent for path in quick_causes.glob("choices/seed*/*/config.json")}
     assert {path.parent.name for path in trained} == {"seed100"}
-    asked = {load_json(path)["digest"] for path in rehearsal.glob("choices/seed100/*/scores.json")}
-    reported = {load_json(path)["digest"] for path in rehearsal.glob("seed*/*/scores.json")}
+    asked = {load_json(path)["digest"] for path in quick_causes.glob("choices/seed100/*/scores.json")}
+    reported = {load_json(path)["digest"] for path in quick_causes.glob("seed*/*/scores.json")}
     assert len(asked) == 1 and len(reported) == 2 and not asked & reported
 
 
-def test_the_tables_of_causes(rehearsal):
-    causes = pd.read_csv(rehearsal / "causes.csv")
+def test_the_tables_of_causes(quick_causes):
+    causes = pd.read_csv(quick_causes / "causes.csv")
     assert set(causes.comparison) == {"gain", "lead"} and set(causes.seeds) == {2}
-    scores = pd.read_csv(rehearsal / "scores.csv")
+    scores = pd.read_csv(quick_causes / "scores.csv")
     means = scores.groupby(["seed", "arm"]).accuracy.mean().unstack()
     row = causes[(causes.comparison == "lead") & (causes.category == "mean")].iloc[0]
     assert (row.arm, row.reference) == ("viral", "other_image")
     assert row["mean"] == pytest.approx(100 * (means.viral - means.other_image).mean())
-    assert (causes.detectable >= causes.deviation).all()  # of two seeds, only a difference that is far larger
-    structure = pd.read_csv(rehearsal / "structure.csv").pivot(index="measure", columns="arm", values="value")
+    assert (causes.detectable >= causes.deviation).all()  # two seeds find only far larger differences
+    structure = pd.read_csv(quick_causes / "structure.csv")
+    structure = structure.pivot(index="measure", columns="arm", values="value")
     assert (structure.viral == structure.other_image).all()
-    gradients = pd.read_csv(rehearsal / "gradients.csv")
+    gradients = pd.read_csv(quick_causes / "gradients.csv")
     assert set(gradients.arm) == {"viral", "other_image"} and gradients.cosine.abs().max() < 1
     assert (gradients.norm_alignment > 0).all() and gradients.step.max() == 9
 
 
-def test_a_finished_experiment_is_not_made_again(rehearsal, capsys):
-    before = {path: path.stat().st_mtime_ns for path in rehearsal.rglob("done.json")}
+def test_a_finished_experiment_is_not_made_again(quick_causes, capsys):
+    before = {path: path.stat().st_mtime_ns for path in quick_causes.rglob("done.json")}
     assert len(before) == 7 + 2 * 5  # with a stage 1 for each seed
-    main(["experiment", "--plan", "causes", "--quick", "--seeds", "2", *SHORT, "--output", str(rehearsal)])
-    assert {path: path.stat().st_mtime_ns for path in rehearsal.rglob("done.json")} == before
+    main([*COMMAND, "--output", str(quick_causes)])
+    assert {path: path.stat().st_mtime_ns for path in quick_causes.rglob("done.json")} == before
     with pytest.raises(SystemExit):
         main(["experiment", "--plan"])
     assert main(["experiment", "--plan", "reasons"]) == 2

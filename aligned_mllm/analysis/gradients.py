@@ -50,8 +50,8 @@ def gradient_cosine(
 def gradients_figure(
     table: pd.DataFrame,  # columns arm, seed, step, cosine, norm_text, norm_alignment
 ):
-    """Cosine of the two gradients by step, and the alignment's share of their lengths: a line for each arm, the
-    mean over seeds, with points for seeds, as a plotly figure."""
+    """Cosine of the two gradients by step, and the alignment's share of their lengths: a line for each arm,
+    the mean over seeds, with points for seeds, as a plotly figure."""
     require_columns(table, ("arm", "seed", "step", "cosine", "norm_text", "norm_alignment"), "gradients")
     share = table.norm_alignment / (table.norm_alignment + table.norm_text)
     table = table.assign(share=share)

@@ -56,8 +56,8 @@ def structure_of_arms(
     folder: Path,  # the experiment's, with the data and a finished run of seed 0
     pictures: int = 80,  # test images used
 ) -> pd.DataFrame:
-    """Spatial structure of the targets of each arm that differs from the first baseline in its targets alone: arm,
-    measure, value (mean over images), images."""
+    """Spatial structure of the targets of each arm that differs from the first baseline in its targets alone:
+    arm, measure, value (mean over images), images."""
     first = plan.baselines[0]
     data = prepare_data(plan, folder, 0)
     tests = Records(data / "test.jsonl", data, check_images=False)
@@ -82,7 +82,7 @@ def gradients_of_arms(
     folder: Path,  # the experiment's, with finished runs
     seeds: int = 3,  # at most
 ) -> pd.DataFrame:
-    "Gradients of the two terms in some arms' runs: arm, seed, step, cosine, norm_text, norm_alignment, weights."
+    "Gradients of the two terms in some runs: arm, seed, step, cosine, norm_text, norm_alignment, weights."
     last = plan.settings.get("max_steps", recipe(plan.recipe)["max_steps"]) - 1
     steps = sorted({round(last * share) for share in (0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)})
     arms = [name for name in COMPARED if name in plan.arms]

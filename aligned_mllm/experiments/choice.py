@@ -16,7 +16,7 @@ from ..reporting.causes import target_knows
 # %% ../../nbs/lib/experiments/08_choice.ipynb #41f47734
 @dataclass(frozen=True)
 class Choice:
-    "What is tried for each searched arm. Raises InputError for an empty grid, or seeds that are reported."
+    "The settings tried for each searched arm. Raises InputError for an empty grid, or reported seeds."
 
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # learning rates
     weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # λ, for arms with a teacher
@@ -41,8 +41,8 @@ class Choice:
 def searched_arms(
     names: tuple[str, ...],  # arms of a plan, in order
 ) -> dict[str, str]:
-    """For each arm the one whose choice it takes: itself, the first arm of its group, or the baseline of an arm
-    that is trained without images."""
+    """For each arm the one whose choice it takes: itself, the first arm of its group, or the baseline of an
+    arm that is trained without images."""
     first = {}
     found = {}
     for name in names:

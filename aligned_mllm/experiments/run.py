@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from ..core import load_json, require_space, save_json, sole_owner, whole_file
 from .jobs import check_jobs, graph_of, run_jobs, worker_count
+from .asking import ask_runs
 from .cause_tables import write_cause_tables
-from .plan import Plan, joined_plan, plan_record, prepare_data
+from .plan import Plan, data_of, joined_plan, plan_record, prepare_data
 from .trials import choose
 from aligned_mllm.experiments.tables import (
     read_cknna,
@@ -74,7 +75,10 @@ def experiment(
         words = dict.fromkeys(text for text in (*earlier, command) if text)
         commands = " && ".join(words)  # together they make this folder
         save_json(plan_record(plan, commands), record)
-        run_jobs(graph_of(plan, folder).jobs, workers=worker_count())
+        graph = graph_of(plan, folder)
+        run_jobs(graph.jobs, workers=worker_count())
+        folders = [(run, data_of(plan, folder, seed)) for (seed, _), run in graph.folders.items()]
+        ask_runs(folders, worker_count())
         write_tables(plan, folder)
         if plan.choice:
             write_cause_tables(plan, folder)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..core import InputError, save_json, whole_file
 from ..evals.task import score_run
 from .arms import ARMS
+from .asking import ask_runs
 from .choice import searched_arms
 from .jobs import Graph, Job, run_jobs, worker_count
 from .plan import Plan, prepare_data
@@ -27,7 +28,8 @@ def trials_of(
     folder: Path,  # the experiment's
     graph: Graph,  # the jobs are added to it
 ) -> Iterator[tuple[str, int, dict, Job]]:
-    "Every trial: (searched arm, seed, settings that are tried, its job). Raises InputError for a fixed setting."
+    """Every trial: (searched arm, seed, settings that are tried, its job). Raises InputError for a setting
+    that is fixed."""
     tried = {key for arm in plan.chosen for settings in plan.choice.grid(arm) for key in settings}
     fixed = sorted(tried & set(plan.settings))
     if fixed or plan.vary_parts:
@@ -48,7 +50,8 @@ def trial_scores(
     plan: Plan,  # with a choice
     folder: Path,  # the experiment's, with finished trials
 ) -> pd.DataFrame:
-    "Ask every trial: arm, seed, the settings tried (NaN where an arm has none), category, accuracy; 'mean' too."
+    """Ask every trial: arm, seed, the settings tried (NaN where an arm has none), category and accuracy; the
+    mean over categories as well."""
     rows = []
     for name, seed, settings, job in tqdm(list(trials_of(plan, folder, Graph())), desc="asking trials"):
         scores = score_run(job.output, prepare_data(plan, folder / "choices", seed))
@@ -80,10 +83,11 @@ def choose(
     """The plan with the settings chosen for each arm: make the trials that are not done, ask them, write
     choices.csv and choices.json. Raises InputError as `trials_of` and `run_jobs` do."""
     graph = Graph()
-    list(trials_of(plan, folder, graph))
+    jobs = [job for _, _, _, job in trials_of(plan, folder, graph)]
     for seed in plan.choice.seeds:
         prepare_data(plan, folder / "choices", seed)
     run_jobs(graph.jobs, workers=worker_count())
+    ask_runs([(job.output, job.data) for job in jobs], worker_count())
     table = trial_scores(plan, folder)
     with whole_file(folder / "choices.csv") as path:
         table.to_csv(path, index=False)

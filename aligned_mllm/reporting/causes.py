@@ -8,7 +8,6 @@ __all__ = ['KNOWN', 'target_knows', 'comparisons_of', 'cause_table', 'gains_figu
 # %% ../../nbs/lib/reporting/16_causes.ipynb #9c1ebe2d
 import math
 
-import numpy as np
 import pandas as pd
 
 from ..core import InputError
@@ -67,9 +66,10 @@ def cause_table(
     scores: pd.DataFrame,  # columns seed, arm, category, accuracy (0-1)
     plan: dict,  # of the experiment
 ) -> pd.DataFrame:
-    """One row for each comparison and question type, and their mean: comparison, arm, label, knows, reference,
-    category, mean, low, high (points, 95 % t-interval over seeds), seeds, deviation (of the paired differences)
-    and detectable (the true difference found with 80 % power). Raises InputError as `paired` does."""
+    """One row for each comparison and question type, and their mean: comparison, arm, label, knows,
+    reference, category, mean, low, high (points, 95 % t-interval over seeds), seeds, deviation (of the
+    paired differences) and detectable (the true difference found with 80 % power). Raises InputError as
+    `paired` does."""
     rows = []
     for comparison, arm, reference in comparisons_of(plan):
         fact = plan["facts"][arm]
@@ -137,8 +137,8 @@ def structure_ranks(
     structure: pd.DataFrame,  # columns arm, measure, value: of each arm's targets
     baseline: str = "plain",  # of all these arms
 ) -> pd.DataFrame:
-    """Spearman's correlation of gain and structure over arms, for each measure: measure, correlation, low, high
-    (95 % t-interval over seeds), arms, seeds. Raises InputError for fewer than three arms."""
+    """Spearman's correlation of gain and structure over arms, for each measure: measure, correlation, low,
+    high (95 % t-interval over seeds), arms, seeds. Raises InputError for fewer than three arms."""
     from scipy.stats import spearmanr
 
     require_columns(structure, ("arm", "measure", "value"), "structure")
