@@ -74,7 +74,7 @@ def structure_of_arms(
     return table[["arm", "measure", "value", "images"]].reset_index(drop=True)
 
 # %% ../../nbs/lib/experiments/35_cause_tables.ipynb #a9dc75ac
-COMPARED = ("viral", "other_image", "position_mean", "random_teacher")  # arms whose gradients are compared
+COMPARED = ("viral", "other_image", "position_mean")  # arms whose gradients are compared
 
 # %% ../../nbs/lib/experiments/35_cause_tables.ipynb #8f0dc0b8
 def gradients_of_arms(

@@ -36,10 +36,11 @@ def write_tables(
 ) -> None:
     "Write scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and unlearnt.json."
     scores = read_scores(plan, folder)
+    pictures = 30 if plan.choice else 80  # a plan with a choice has many arms and seeds
     tables = {
         "scores": scores,
         "curves": read_curves(plan, folder),
-        "cknna": read_cknna(plan, folder),
+        "cknna": read_cknna(plan, folder, pictures),
         "cost": read_costs(plan, folder),
     }
     for name, table in tables.items():
