@@ -138,7 +138,7 @@ def structure_ranks(
     baseline: str = "plain",  # of all these arms
 ) -> pd.DataFrame:
     """Spearman's correlation of gain and structure over arms, for each measure: measure, correlation, low,
-    high (95 % t-interval over seeds), arms, seeds. Raises InputError for fewer than three arms."""
+    high (95 % t-interval over seeds, cut at ±1), arms, seeds. Raises InputError for fewer than three arms."""
     from scipy.stats import spearmanr
 
     require_columns(structure, ("arm", "measure", "value"), "structure")
@@ -152,7 +152,8 @@ def structure_ranks(
         values = part.set_index("arm").value.reindex(arms).dropna()
         if len(values) > 2:
             every = [float(spearmanr(values, wide.loc[seed, values.index])[0]) for seed in wide.index]
-            rows.append((measure, *interval(every), len(values), len(every)))
+            mean, low, high = interval(every)
+            rows.append((measure, mean, max(low, -1.0), min(high, 1.0), len(values), len(every)))
     return pd.DataFrame(rows, columns="measure correlation low high arms seeds".split())
 
 # %% ../../nbs/lib/reporting/16_causes.ipynb #f3c7ec59
@@ -186,6 +187,6 @@ def structure_scatter(
         rank = ranks[ranks.measure == measure].iloc[0]
         span = "" if math.isnan(rank.low) else f" ({rank.low:.2f} to {rank.high:.2f})"
         title = f"{escaped(measure)}: ρ = {rank.correlation:.2f}{span}"
-        figure.update_xaxes(title_text=title, row=1, col=column)
+        figure.update_xaxes(title={"text": title, "font_size": 13}, row=1, col=column)
     figure.update_yaxes(title_text="gain (points)", row=1, col=1)
     return figure
