@@ -18,7 +18,7 @@ from ..reporting.causes import target_knows
 class Choice:
     "The settings tried for each searched arm. Raises InputError for an empty grid, or reported seeds."
 
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # learning rates
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)  # learning rates
     weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # λ, for arms with a teacher
     seeds: tuple[int, ...] = (100, 101)  # of data, order and projectors
 
