@@ -53,5 +53,5 @@ def searched_arms(
         elif group == "no teacher":
             found[name] = name
         else:
-            found[name] = first.setdefault(group, name)
+            found[name] = first.setdefault((group, arm.stage2.get("lora_rank", 0)), name)
     return found
