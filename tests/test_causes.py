@@ -1,5 +1,7 @@
 "Arms that take a gain apart: their teachers, their students, and the plan that compares them."
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from aligned_mllm.cli import main
 from aligned_mllm.core import InputError, data_folder, load_json
 from aligned_mllm.data.collate import Collator, Samples, model_inputs
 from aligned_mllm.data.records import Records
+from aligned_mllm.experiments import asking
 from aligned_mllm.experiments.arms import ARMS
 from aligned_mllm.experiments.cause_arms import CAUSE_ARMS
 from aligned_mllm.experiments.gradient_runs import GradientListener
@@ -213,3 +216,19 @@ def test_a_run_made_again_with_the_listener_has_the_same_losses(small_data, tmp_
         losses.append([row["loss_viral"] for row in trainer.state.log_history if "loss_viral" in row])
         assert [row["step"] for row in listener.rows] == list(steps)
     assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_many_runs_are_asked_at_the_same_time(quick_causes, tmp_path, monkeypatch):
+    "By other processes, with the scores that one process gives."
+    monkeypatch.setattr(asking, "FEW", 2)
+    runs = []
+    for arm in ("plain", "viral"):
+        copy = shutil.copytree(quick_causes / "seed0" / arm, tmp_path / arm)
+        for name in ("scores.json", "scores.csv", "answers.jsonl"):
+            (copy / name).unlink()
+        runs.append((copy, quick_causes / "data" / "seed0"))
+    assert asking.ask_runs(runs, workers=2) == 2 and asking.ask_runs(runs, workers=2) == 0
+    for copy, _ in runs:
+        assert (copy / "scores.csv").read_text() == (
+            quick_causes / "seed0" / copy.name / "scores.csv"
+        ).read_text()

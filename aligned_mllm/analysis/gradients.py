@@ -28,7 +28,7 @@ def gradient_cosine(
     parameters = list(parameters)
     every = [
         torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        for term in (first, second)
+        for term in (first, second)  # which may share a graph
     ]
     both = [(one, other) for one, other in zip(*every) if one is not None and other is not None]
     if not both:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..evals.task import score_run
 
 # %% ../../nbs/lib/experiments/23_asking.ipynb #20449126
-FEW = 8  # runs; fewer are left to the caller, as new processes would cost more than they save
+FEW = 16  # runs; fewer are left to the caller, as new processes would cost more than they save
 
 # %% ../../nbs/lib/experiments/23_asking.ipynb #cb7a692b
 def ask_runs(

@@ -56,7 +56,7 @@ class GradientListener(TrainerCallback):
 def gradients_of_run(
     job: Job,  # finished, of an arm with the objective
     steps: Sequence[int],  # so many steps done
-    batches: int = 4,  # of the run's own size, over which both terms are averaged
+    batches: int = 2,  # of the run's own size, over which both terms are averaged
 ) -> pd.DataFrame:
     """The listener's rows for a run, which is made again in a temporary folder unless gradients.csv is in its
     own folder."""
