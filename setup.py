@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-data = settings["data_requirements"].split()
+extras = {name: settings[f"{name}_requirements"].split() for name in ("data", "handcrafted")}
 
 setup(
     name=settings["lib_name"],
@@ -22,7 +22,7 @@ setup(
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["aligned_mllm", "aligned_mllm.*"]),
     install_requires=settings["requirements"].split(),
-    extras_require={"data": data, "dev": [*settings["dev_requirements"].split(), *data]},
+    extras_require={**extras, "dev": [*settings["dev_requirements"].split(), *sum(extras.values(), [])]},
     entry_points={
         "nbdev": [f"aligned_mllm={settings['lib_path']}._modidx:d"],
         "console_scripts": ["aligned-mllm=aligned_mllm.cli:main"],

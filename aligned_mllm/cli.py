@@ -16,10 +16,11 @@ from .core import InputError, command
 
 # %% ../nbs/lib/30_cli.ipynb #2c735f7d
 def every_arm() -> tuple[str, ...]:
-    "The arms of --full: all that have a name, but for the blind one, which is always run."
+    "The arms of --full: all but the blind one, which is always run, and those of `cause_arms`."
     from aligned_mllm.experiments.arms import ARMS
+    from aligned_mllm.experiments.cause_arms import CAUSE_ARMS
 
-    return tuple(arm for arm in ARMS if arm != "blind")
+    return tuple(arm for arm in ARMS if arm not in ("blind", *CAUSE_ARMS))
 
 # %% ../nbs/lib/30_cli.ipynb #2ef4ec95
 def _add_experiment_options(
@@ -35,6 +36,7 @@ def _add_experiment_options(
     job.add_argument(
         "--data", default="", help="the folder of an NLVR clone, or, for --recipe desk, of cut-outs of yours"
     )
+    job.add_argument("--plan", default="", help="a named plan: 'causes' takes VIRAL's gain apart (hours)")
     job.add_argument("--seeds", type=int, default=None, help="how many (default: 3; with --quick 1)")
     job.add_argument(
         "--workers", type=int, default=0, help="runs at a time (default: one per core; on a GPU one)"
@@ -142,12 +144,14 @@ def plan_from_options(
     options: argparse.Namespace,  # of the command experiment
 ):
     "The plan that the options describe. Raises InputError."
+    from aligned_mllm.experiments.named_plans import named_plan
     from aligned_mllm.experiments.plan import Plan, quick_plan
     from aligned_mllm.training.config import parsed_setting
 
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}", "at least 1", "correct it")
     chosen = {"recipe": options.recipe, "source": options.data}
+    chosen |= named_plan(options.plan, options.quick)
     if options.seeds is not None:
         chosen["seeds"] = options.seeds
     if options.full:
@@ -181,6 +185,7 @@ def _run_recipes(options: argparse.Namespace) -> None:
 # %% ../nbs/lib/30_cli.ipynb #c80d4f2e
 def _run_arms(options: argparse.Namespace) -> None:
     "List every arm with its description."
+    import aligned_mllm.experiments.recipes  # noqa: F401  registers every arm
     from aligned_mllm.experiments.arms import ARMS
 
     for name, arm in ARMS.items():
@@ -240,7 +245,7 @@ def _run_experiment(options: argparse.Namespace, words: list[str]) -> None:
 
     stop_on_signals()
     suffix = "_quick" * options.quick + "_full" * options.full
-    folder = Path(options.output or f"runs/{options.recipe}{suffix}")
+    folder = Path(options.output or f"runs/{options.plan or options.recipe}{suffix}")
     plan = plan_from_options(options)
     page = experiment(folder, plan, "aligned-mllm " + " ".join(words), options.workers)
     print_summary(folder)

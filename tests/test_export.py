@@ -14,7 +14,7 @@ from tiny_models import WORDS, bytes_tokenizer, text_sizes, vision_sizes
 
 from aligned_mllm.core import InputError, data_folder, load_json, seed_everything
 from aligned_mllm.models.compose import CHATS, composed_model
-from aligned_mllm.models.load import load_model
+from aligned_mllm.models.load import CHANGES, load_model
 from aligned_mllm.reporting.model_card import model_card
 from aligned_mllm.train import run
 from aligned_mllm.training.claim import claim_folder
@@ -101,6 +101,8 @@ def exports(small_data, tmp_path_factory):
             ("post", "scenes_plain", {"residual": "post_projection", "residual_layer": 3}),
             ("pre", "scenes_plain", {"residual": "pre_projection", "residual_layer": 3}),
             ("code", "scenes_position_code", {}),
+            ("norm", "scenes_visual_norm", {}),
+            ("rotary", "scenes_rope2d", {}),
         )
     }
     tower, words = published_parts(root)
@@ -179,18 +181,14 @@ def test_padding_is_what_the_saved_processor_does(exports, tmp_path):
     assert moved["cutting"] == 0 < moved["saved"] == moved["padding"]
 
 
-@pytest.mark.parametrize("name", ["post", "pre", "code"])
+@pytest.mark.parametrize("name", ["post", "pre", "code", "norm", "rotary"])
 def test_a_changed_model_is_refused_by_transformers_and_restored_here(exports, name):
     picture, folders, found = exports
     assert "aligned_llava" in found[name]["refused"]
     readme = (folders[name] / "README.md").read_text()
-    assert "load_model" in readme and ("residual" in readme or "position_code" in readme)
     model, processor = load_model(folders[name])
-    assert (
-        model.config.model_type == "llava"
-        and getattr(model.config, "aligned_residual", None)
-        or model.config.aligned_position_code
-    )
+    (change,) = [change for change in CHANGES if getattr(model.config, change, None)]
+    assert "load_model" in readme and change in readme and model.config.model_type == "llava"
     batch = processor(images=Image.open(picture), text="<image> where red", return_tensors="pt")
     with torch.no_grad():
         whole = model(**batch).logits
@@ -215,6 +213,7 @@ ADAPTERS = {
     "post": {**MIXED, "residual": "post_projection", "residual_layer": 3},
     "pre": {**MIXED, "residual": "pre_projection", "residual_layer": 3},
     "dora": {**MIXED, "lora_dora": True, "position_code": 1.0},
+    "placed": {**MIXED, "visual_norm": True, "rotary_2d": True},
     "float32": {"use_cpu": True},
 }
 
@@ -266,7 +265,7 @@ def test_adapters_are_kept_and_what_merging_takes_is_measured(small_data, tmp_pa
         assert torch.equal(adapted.get_parameter(plain_name(key)), value), key
     for key, value in rotary.items():  # not rounded to bfloat16, and so those of the loaded model
         assert torch.equal(dict(adapted.named_buffers())[plain_name(key)], value), key
-    for kind in ("aligned_residual", "aligned_position_code"):
+    for kind in CHANGES:
         assert getattr(adapted.config, kind, None) == getattr(student.config, kind, None)
     config = load_json(tmp_path / "run" / "adapter" / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(tmp_path / "base")

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..core import InputError, command
 from .benchmark_setup import SHAPES, Options, batches_of, student_and_teacher
-from .gpu_part import card_facts, part_device, part_parser, save_part
+from .gpu_part import card_facts, part_device, part_options, part_parser, save_part
 from ..objectives.alignment import KINDS
 from ..objectives.text import TextLoss
 from ..objectives.viral import ViralLoss
@@ -150,7 +150,7 @@ def main(
 ) -> int:
     """Entry of `python -m aligned_mllm.experiments.gpu_equality`: equality.csv, equality.json; exit status 2
     if a difference is above its bound."""
-    chosen = part_parser("gpu_equality").parse_args(arguments)
+    chosen = part_options(part_parser("gpu_equality"), arguments)
     device = part_device(chosen.tiny)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False  # of convolutions, where it is on by default

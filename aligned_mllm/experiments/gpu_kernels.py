@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import command
 from .benchmark_setup import Shape
-from .gpu_part import card_facts, part_device, part_parser, save_part
+from .gpu_part import card_facts, part_device, part_options, part_parser, save_part
 from .gpu_speed import run_shape
 
 # %% ../../nbs/lib/experiments/54_gpu_kernels.ipynb #e421b7b5
@@ -164,7 +164,7 @@ def main(
 ) -> int:
     """Entry of `python -m aligned_mllm.experiments.gpu_kernels`: kernels.csv, kernels.json; exit status 2 for
     bad input."""
-    chosen = part_parser("gpu_kernels").parse_args(arguments)
+    chosen = part_options(part_parser("gpu_kernels"), arguments)
     device = part_device(chosen.tiny)
     shape = run_shape(chosen.tiny)
     facts = {**card_facts(), "batch": shape.batch, "tokens": shape.tokens}

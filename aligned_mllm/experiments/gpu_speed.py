@@ -18,7 +18,13 @@ from torch import nn
 from ..core import command, save_json
 from .benchmark import Bench, bench_of, interleaved, step_of
 from .benchmark_setup import SHAPES, Options, Shape
-from .gpu_part import card_facts, first_that_fits, part_device, part_parser
+from aligned_mllm.experiments.gpu_part import (
+    card_facts,
+    first_that_fits,
+    part_device,
+    part_options,
+    part_parser,
+)
 from ..models.taps import decoder_layers
 from ..models.trainable import parts_of
 from ..training.papers.viral import FAST
@@ -146,7 +152,7 @@ def main(
     default = ["plain", "online", "plain_encoders", "online_encoders"]
     parser.add_argument("--modes", nargs="+", choices=modes, default=default)
     parser.add_argument("--lora-dropout", type=float, default=Options.lora_dropout)
-    chosen = parser.parse_args(arguments)
+    chosen = part_options(parser, arguments)
     measured_modes(chosen.name, Path(chosen.output), chosen.tiny, chosen.modes, chosen.lora_dropout)
     return 0
 

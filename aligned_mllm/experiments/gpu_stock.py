@@ -20,7 +20,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..core import command
 from .benchmark import Bench, bench_of, interleaved, step_of
 from .benchmark_setup import Options, Shape, batches_of, student_and_teacher
-from .gpu_part import card_facts, first_that_fits, part_device, part_parser, save_part
+from aligned_mllm.experiments.gpu_part import (
+    card_facts,
+    first_that_fits,
+    part_device,
+    part_options,
+    part_parser,
+    save_part,
+)
 from .gpu_speed import run_options, run_shape
 
 # %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #7ba5f1f0
@@ -161,7 +168,7 @@ def main(
     exit status 2 for bad input."""
     parser = part_parser("gpu_stock")
     parser.add_argument("--measure", choices=("stock", "memory"), default="stock")
-    chosen = parser.parse_args(arguments)
+    chosen = part_options(parser, arguments)
     measure = {"stock": measured_stock, "memory": measured_memory}[chosen.measure]
     measure(Path(chosen.output), chosen.tiny)
     return 0

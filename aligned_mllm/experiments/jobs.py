@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Job', 'Graph', 'differences', 'graph_of', 'check_jobs', 'worker_count', 'not_finite_stop', 'raise_if_failed',
-           'run_jobs', 'score_jobs']
+           'run_jobs']
 
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #9d70131c
 import json
@@ -17,10 +17,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core import InputError, load_json
-from .arms import ARMS
+from .arms import ARMS, Arm
 from .plan import Plan, data_of
 from .recipes import WORLDS, world_settings
-from ..evals.task import score_file
 from .runner import Runner
 from ..training.config import configured
 from ..training.finite import read_not_finite
@@ -89,6 +88,22 @@ class Graph:
             self.jobs.append(job)
         return self.known[key]
 
+    def add_arm(self, plan: Plan, folder: Path, seed: int, arm: Arm, tried: str = "", **settings) -> Job:
+        "Stage 2 of an arm for a seed, after its stage 1. tried: the name of a trial of further settings."
+        data = data_of(plan, folder, seed)
+        parts = {"parts": str(folder / "parts" / f"seed{seed}")} if plan.vary_parts else {}
+        common = {"seed": seed, "disable_tqdm": True, **parts}
+        place = folder / f"seed{seed}"
+        own = differences(plan.recipe, 1, arm.stage1)
+        first = place / (f"stage1_{arm.name}" if own else "stage1")
+        start = {**common, **own, **plan.stage1}
+        stage1 = self.add(Job(first, f"{plan.recipe}_stage1", data, start, imports=plan.imports))
+        own = differences(plan.recipe, 2, arm.stage2)
+        model = {"model": str(stage1.output / "model")}
+        every = {**common, **model, **own, **plan.settings_for(arm), **settings}
+        output = place / f"{arm.name}{tried}"
+        return self.add(Job(output, plan.recipe, data, every, stage1.output, plan.imports))
+
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #82a4271a
 def differences(
     world: str,  # a name from WORLDS
@@ -107,19 +122,8 @@ def graph_of(
     "Every run of an experiment: the stage 1 of each seed, then its arms and the blind one."
     graph = Graph()
     for seed in range(plan.seeds):
-        data = data_of(plan, folder, seed)
-        parts = {"parts": str(folder / "parts" / f"seed{seed}")} if plan.vary_parts else {}
-        common = {"seed": seed, "disable_tqdm": True, **parts}
-        place = folder / f"seed{seed}"
         for arm in map(ARMS.get, plan.runs):
-            own = differences(plan.recipe, 1, arm.stage1)
-            first = place / (f"stage1_{arm.name}" if own else "stage1")
-            settings = {**common, **own, **plan.stage1}
-            stage1 = graph.add(Job(first, f"{plan.recipe}_stage1", data, settings, imports=plan.imports))
-            own = differences(plan.recipe, 2, arm.stage2)
-            settings = {**common, "model": str(stage1.output / "model"), **own, **plan.settings_for(arm)}
-            job = Job(place / arm.name, plan.recipe, data, settings, stage1.output, plan.imports)
-            graph.folders[seed, arm.name] = graph.add(job).output
+            graph.folders[seed, arm.name] = graph.add_arm(plan, folder, seed, arm).output
     return graph
 
 # %% ../../nbs/lib/experiments/20_jobs.ipynb #539f974a
@@ -212,40 +216,3 @@ def run_jobs(
             "finite losses and gradients in every run",
             "see not_finite.csv in its folder; the others are kept. Change a setting, or leave the arm out",
         )
-
-# %% ../../nbs/lib/experiments/20_jobs.ipynb #491eb97a
-def score_jobs(
-    plan: Plan,
-    folder: Path,  # the experiment's, with finished runs
-    workers: int,  # runs at the same time
-) -> None:
-    "Ask every run the tests that it has not answered yet, with progress. Raises InputError if one fails."
-    wanted = []
-    for (seed, _), run in graph_of(plan, folder).folders.items():
-        every = ("test.jsonl", *WORLDS[plan.recipe].more_tests)
-        tests = [name for name in every if not (run / score_file(name)).is_file()]
-        if tests:
-            data = str(data_of(plan, folder, seed))
-            wanted.append((run, ["--run", str(run), "--data", data, "--records", *tests]))
-    runner = Runner(max(1, (os.cpu_count() or 1) // workers)) if wanted else None
-    running = {}
-    with tqdm(total=len(wanted), desc="asking") as bar:
-        try:
-            while wanted or running:
-                while wanted and len(running) < workers:
-                    run, words = wanted.pop(0)
-                    running[runner.start(words, run / "score_log.txt", "aligned_mllm.evals.task")] = run
-                time.sleep(0.2)
-                for number, status in runner.ended().items():
-                    bar.update()
-                    run = running.pop(number)
-                    if status:
-                        log = (run / "score_log.txt").read_text(encoding="utf-8", errors="replace")
-                        raise InputError(
-                            f"asking {run} stopped with status {status}: {log.strip().splitlines()[-1:]}",
-                            "answers to every question",
-                            f"see {run / 'score_log.txt'}; the same command resumes from here",
-                        )
-        finally:
-            if runner:
-                runner.stop()

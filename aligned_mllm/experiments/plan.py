@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core import InputError, data_folder, environment, load_json
 from .arms import ARMS, MAJORITY, Arm, arm_facts, register_arm
 from . import desk  # noqa: F401  registers its world
+from .choice import Choice
 from .recipes import WORLDS, world_settings
 
 # %% ../../nbs/lib/experiments/10_plan.ipynb #3a051676
@@ -35,6 +36,8 @@ class Plan:
     fresh: int = 3000  # drawings made for 'nlvr' to learn descriptions from
     vary_parts: bool = False  # train encoder, teachers and language model again for every seed
     imports: tuple[str, ...] = ()  # Python files that every training run imports first
+    choice: Choice | None = None  # of learning rate and λ for every arm, before the seeds
+    chosen_settings: dict[str, dict] = field(default_factory=dict)  # by arm: what that choice has found
 
     def __post_init__(self):
         unknown = [arm for arm in self.arms if arm not in ARMS]
@@ -83,12 +86,14 @@ class Plan:
         return tuple(dict.fromkeys((*self.arms, BLIND)))
 
     def settings_for(self, arm: Arm) -> dict:
-        "The common settings that concern an arm: those of an objective reach only arms that use it."
-        return {
+        """The common settings that concern an arm (those of an objective reach only arms that use it), and
+        those chosen for it."""
+        common = {
             key: value
             for key, value in self.settings.items()
             if "." not in key or key.split(".")[0] in arm.objectives
         }
+        return {**common, **self.chosen_settings.get(arm.name, {})}
 
     def refuse_settings_of_arms(self) -> None:
         "Raises InputError for a common setting on which arms differ, or which belongs to the experiment."
@@ -184,6 +189,7 @@ def common_settings(
         "sizes": vars(plan.sizes),
         "fresh": plan.fresh,
         "vary_parts": plan.vary_parts,
+        **({"choice": vars(plan.choice)} if plan.choice else {}),
     }
     return json.loads(json.dumps(chosen))
 
@@ -245,6 +251,7 @@ def plan_record(
         "facts": {arm.name: arm_facts(arm) for arm in [*map(ARMS.get, plan.runs), MAJORITY]},
         "command": command,
         "settings": common_settings(plan),
+        "chosen_settings": plan.chosen_settings,
         "limits": limits_of(plan),
         "environment": environment(),
         "warning": short if steps < 200 else "",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..core import InputError, data_folder, load_json
 from ..data.records import Records
+import aligned_mllm.experiments.cause_arms  # noqa: F401  registers more arms
 from .arms import ARMS
 from ..training.build import STUDENTS, StudentSource
 from ..training.config import AlignConfig

@@ -14,9 +14,12 @@ from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from ..core import load_json, require_space, save_json, sole_owner, whole_file
-from .jobs import check_jobs, graph_of, run_jobs, score_jobs, worker_count
-from .plan import Plan, joined_plan, plan_record, prepare_data
+from .asking import ask_runs
+from .cause_tables import write_cause_tables
+from .jobs import check_jobs, graph_of, run_jobs, worker_count
+from .plan import Plan, data_of, joined_plan, plan_record, prepare_data
 from .recipes import WORLDS
+from .trials import choose
 from aligned_mllm.experiments.tables import (
     read_cknna,
     read_costs,
@@ -37,11 +40,12 @@ def write_tables(
     each further test."""
     scores = read_scores(plan, folder)
     others = {Path(name).stem: read_scores(plan, folder, name) for name in WORLDS[plan.recipe].more_tests}
+    pictures = 30 if plan.choice else 80  # a plan with a choice has many arms and seeds
     tables = {
         "scores": scores,
         **{f"scores_{name}": table for name, table in others.items()},
         "curves": read_curves(plan, folder),
-        "cknna": read_cknna(plan, folder),
+        "cknna": read_cknna(plan, folder, pictures),
         "cost": read_costs(plan, folder),
     }
     for name, table in tables.items():
@@ -77,14 +81,25 @@ def experiment(
             if plan.vary_parts and not (parts / "parts.json").is_file():
                 build_parts(parts, seed)
         check_jobs(plan, folder)
+        if plan.choice:
+            plan = choose(plan, folder)
         record = folder / "plan.json"
         earlier = load_json(record)["command"].split(" && ") if record.is_file() else []
         words = dict.fromkeys(text for text in (*earlier, command) if text)
         commands = " && ".join(words)  # together they make this folder
         save_json(plan_record(plan, commands), record)
-        run_jobs(graph_of(plan, folder).jobs, workers)
-        score_jobs(plan, folder, workers)
+        graph = graph_of(plan, folder)
+        run_jobs(graph.jobs, workers)
+        tests = ("test.jsonl", *WORLDS[plan.recipe].more_tests)
+        runs = [
+            (run, data_of(plan, folder, seed), records)
+            for (seed, _), run in graph.folders.items()
+            for records in tests
+        ]
+        ask_runs(runs, workers)
         write_tables(plan, folder)
+        if plan.choice:
+            write_cause_tables(plan, folder)
         page = report(folder)
     print(f"{time.perf_counter() - start:.0f} s in this call")
     return page

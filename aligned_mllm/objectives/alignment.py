@@ -178,12 +178,13 @@ def scheduled_weight(
     kind: str,  # one of SCHEDULES
     progress: float,  # share of the training that is done, 0 to 1
     warmup: float = 0.1,  # share of the training over which "warmup" rises
+    stop: float = 1.0,  # share of the training after which lambda is 0 (HASTE, arXiv 2505.16792)
 ) -> float:
     "Lambda at a moment of the training. Raises InputError for an unknown kind, or a share outside 0 to 1."
-    if kind not in SCHEDULES or not 0 <= progress <= 1 or not 0 < warmup <= 1:
+    if kind not in SCHEDULES or not 0 <= progress <= 1 or not 0 < warmup <= 1 or not 0 < stop <= 1:
         raise InputError(
-            f"schedule {kind!r} at progress {progress} with warmup {warmup}",
-            f"one of {SCHEDULES}, shares from 0 to 1 (warmup above 0)",
+            f"schedule {kind!r} at progress {progress} with warmup {warmup}, stop {stop}",
+            f"one of {SCHEDULES}, shares from 0 to 1 (warmup and stop above 0)",
             "correct the setting; progress is step / steps",
         )
     factors = {
@@ -192,4 +193,4 @@ def scheduled_weight(
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
         "warmup": min(progress / warmup, 1),
     }
-    return weight * factors[kind]
+    return weight * factors[kind] * (progress < stop or stop == 1)

@@ -29,8 +29,8 @@ class Viral:
 
     teacher: str = setting(
         "",
-        "'encoder', 'encoder_projected' (the student's own input), 'dense', 'self_supervised', a folder, "
-        "or a hub id; 'random_NAME' for random weights",
+        "'encoder', 'encoder_projected' (the student's own input), 'dense', 'self_supervised', 'hog', "
+        "a folder, or a hub id; 'random_NAME' for random weights",
     )
     weight: float = setting(0.5, "lambda")
     layers: list[int] = setting(
@@ -47,6 +47,7 @@ class Viral:
     )
     schedule: str = setting("constant", f"of lambda: one of {list(SCHEDULES)}")
     warmup: float = setting(0.1, "share of the steps over which 'warmup' rises")
+    stop: float = setting(1.0, "share of the steps after which lambda is 0 (HASTE); 1 never stops")
     teacher_pixels: str = setting("own", "'own' normalisation, or 'student': the released code's, to compare")
     final_norm: bool = setting(
         False, "true reads the last layer after the final norm, as the released code does"
@@ -144,6 +145,7 @@ class ViralLoss(Objective):
         trainable: bool = True,  # False freezes the projector as it is drawn
         schedule: str = "constant",  # of lambda, one of SCHEDULES
         warmup: float = 0.1,  # share of the training over which schedule "warmup" rises
+        stop: float = 1.0,  # share of the training after which lambda is 0
         head: str = "mlp",  # one of HEADS
         spatial_norm: float = 0.0,  # gamma of `spatially_normalised`; 0 for none
         source: Targets | Pairing | None = None,  # a teacher's targets; a Pairing: the student's own input
@@ -167,8 +169,7 @@ class ViralLoss(Objective):
         self.layers = list(layers)
         self.kind = kind
         self.projectors = projectors
-        self.schedule = schedule
-        self.warmup = warmup
+        self.when = {"kind": schedule, "warmup": warmup, "stop": stop}  # lambda acts
         self.source = source
         self.counting = counting
         self.tap_of = {layer: Tap(FINAL if layer == normed else layer) for layer in layers}
@@ -185,7 +186,7 @@ class ViralLoss(Objective):
             source = teacher_targets(settings, context)
             width = source.teacher.width
         context.reseed()
-        names = "weight hidden kind projectors trainable schedule warmup head spatial_norm".split()
+        names = "weight hidden kind projectors trainable schedule warmup stop head spatial_norm".split()
         chosen = {name: getattr(settings, name) for name in names}
         chosen["counting"] = Counting(settings.count_padding, not settings.skip_several_images)
         chosen["normed"] = normed_layer(settings.final_norm, layers, context.depth)
@@ -198,7 +199,7 @@ class ViralLoss(Objective):
 
     @property
     def current_weight(self) -> float:
-        return scheduled_weight(self.weight, self.schedule, self.progress, self.warmup)
+        return scheduled_weight(self.weight, progress=self.progress, **self.when)
 
     def teachers(self) -> list[Teacher]:
         return [self.source.teacher] if isinstance(self.source, Targets) else []
@@ -215,7 +216,7 @@ class ViralLoss(Objective):
             "layers": f"{self.layers} of {blocks} blocks",
             "kind": self.kind,
             "lambda": float(self.weight),
-            "schedule of lambda": self.schedule,
+            "schedule of lambda": self.when["kind"],
             "projector": f"{trained}, {self.projectors}",
         }
         if not isinstance(self.source, Targets):

@@ -19,8 +19,8 @@ from ..core import InputError
 from ..data.records import Records
 from ..data.views import layout_of
 from ..models.compose import composed_model, in_form
-from ..models.load import add_position_code, fitted_processor, load_model, load_processor
 from ..models.grid_vision import GridVisionModel
+from ..models.load import HOOKS, fitted_processor, load_model, load_processor
 from ..models.trainable import STAGES, add_lora, parts_of, train_only
 from ..models.residual import add_residual
 from ..models.taps import decoder_layers
@@ -47,7 +47,7 @@ def prepare_student(
     config: AlignConfig,  # settings
     model: nn.Module,  # an image-text-to-text model as loaded
 ) -> nn.Module:
-    "The model with its position code and residual, the right parts frozen, and LoRA. Raises InputError."
+    "The model with its hooks and residual, the right parts frozen, and LoRA. Raises InputError."
     if (
         config.position_code
         and getattr(model.config, "aligned_position_code", config.position_code) != config.position_code
@@ -58,7 +58,10 @@ def prepare_student(
             "correct the setting",
         )
     if config.position_code and not hasattr(model.config, "aligned_position_code"):
-        add_position_code(model, config.position_code)
+        HOOKS["aligned_position_code"](model, config.position_code)
+    for name in ("visual_norm", "rotary_2d"):
+        if getattr(config, name) and not hasattr(model.config, f"aligned_{name}"):
+            HOOKS[f"aligned_{name}"](model)
     residual = {"layer": config.residual_layer, "kind": config.residual} if config.residual else None
     if residual and (getattr(model.config, "aligned_residual", None) or residual) != residual:
         raise InputError(

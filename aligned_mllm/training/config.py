@@ -103,6 +103,8 @@ class AlignConfig(TrainingArguments):
     keep_features_mib: int = setting(
         0, "memory in which a convolutional vision tower that does not train keeps its features; 0: none"
     )
+    visual_norm: bool = setting(False, "true scales visual tokens to the mean norm of word embeddings")
+    rotary_2d: bool = setting(False, "true gives a picture's patches rotary positions by row and column")
     residual: str = setting("", f"adds visual features again after a block: one of {list(RESIDUALS)}")
     residual_layer: int = setting(16, "the block after which the residual is added")
     not_finite: str = setting(

@@ -20,6 +20,7 @@ from ..core import InputError
 from ..data.open import open_texts
 from ..models.trainable import parameter_audit, parts_of
 from ..objectives.base import Objective
+from ..teachers.handcrafted import HANDCRAFTED
 from ..teachers.vision import EMBEDDED_TEACHERS, Teacher, load_teacher
 from .build import STUDENTS, context_of, objectives_of, prepare_student, student_of
 from .config import AlignConfig
@@ -70,7 +71,7 @@ def shape_of_teacher(
         layer = student.config.vision_feature_layer
         return Teacher("encoder", tower, CLIPImageProcessorPil(), layer=layer, checksum="not loaded")
     name = name.removeprefix("random_")
-    if name in EMBEDDED_TEACHERS:
+    if name in (*EMBEDDED_TEACHERS, *HANDCRAFTED):
         with torch.device("cpu"):
             teacher = load_teacher(name, parts=parts)
     else:
