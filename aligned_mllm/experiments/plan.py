@@ -64,7 +64,9 @@ class Plan:
             raise InputError(
                 f"recipe {self.recipe!r} with --data {self.source!r}",
                 world.source or "no --data: this world draws its own",
-                "pass --data FOLDER" if world.source else "leave out --data, or choose another --recipe",
+                "pass --data FOLDER"
+                if world.source
+                else f"leave out --data, or choose one of {[name for name in WORLDS if WORLDS[name].source]}",
             )
         if self.sizes is None:
             object.__setattr__(self, "sizes", world.sizes)
