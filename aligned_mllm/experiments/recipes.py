@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'SMALL', 'SMALL_OBJECTIVES', 'QUICK_SETTINGS', 'BOOK', 'ExperimentWorld', 'world_settings',
-           'small_recipe_names', 'small_recipe', 'describe_small_recipe', 'words_in_records', 'parts_folder',
-           'embedded_student', 'embedded_identity']
+           'small_recipe_names', 'world_and_rest', 'small_recipe', 'describe_small_recipe', 'words_in_records',
+           'parts_folder', 'embedded_student', 'embedded_identity']
 
 # %% ../../nbs/lib/experiments/05_recipes.ipynb #55b5248f
 from collections.abc import Callable
@@ -146,12 +146,20 @@ def small_recipe_names() -> list[str]:
     first += [f"{world}_stage1_{arm.name}" for world in WORLDS for arm in ARMS.values() if arm.stage1]
     return first + [*WORLDS] + [f"{world}_{arm}" for world in WORLDS for arm in ARMS]
 
+# %% ../../nbs/lib/experiments/05_recipes.ipynb #ac6ee63b
+def world_and_rest(
+    name: str,  # of a recipe
+) -> tuple[str, str]:
+    "Its world, and the words after it. A world's own name may contain a _."
+    world = max((each for each in WORLDS if f"{name}_".startswith(f"{each}_")), key=len)
+    return world, name.removeprefix(world).removeprefix("_")
+
 # %% ../../nbs/lib/experiments/05_recipes.ipynb #57b006e7
 def small_recipe(
     name: str,  # one of `small_recipe_names`
 ) -> dict:
     "The settings of a recipe of the small worlds, by key."
-    world, _, rest = name.partition("_")
+    world, rest = world_and_rest(name)
     first, _, arm = rest.partition("_")
     if first == "stage1":
         return world_settings(world, 1, ARMS[arm].stage1 if arm else {})
@@ -162,7 +170,7 @@ def describe_small_recipe(
     name: str,
 ) -> str:
     "One line."
-    world, _, rest = name.partition("_")
+    _, rest = world_and_rest(name)
     return "" if not rest or rest.startswith("stage1") else ARMS[rest].description or ARMS[rest].label
 
 # %% ../../nbs/lib/experiments/05_recipes.ipynb #8e67fb43
@@ -172,7 +180,7 @@ BOOK = register_book(
         small_recipe_names,
         small_recipe,
         describe_small_recipe,
-        stage1=lambda name: f"{name.split('_')[0]}_stage1",
+        stage1=lambda name: f"{world_and_rest(name)[0]}_stage1",
     ),
 )
 

