@@ -45,7 +45,7 @@ docs: .venv/ready  ## build the documentation: _docs/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m aligned_mllm.site.build
 
 test: .venv/ready browser  ## everything that must hold: documentation, notebooks, tests, export
-	$(MAKE) -j2 --no-print-directory tests-pages notebooks tests-long tests-short tests-rest  # the longest first
+	$(MAKE) -j2 --no-print-directory notebooks tests-pages tests-short tests-long tests-rest  # the longest first
 
 LONG := tests/test_train.py tests/test_experiment.py tests/test_distributed.py
 PAGES := tests/test_widgets.py tests/test_site.py tests/test_export.py tests/test_features.py tests/test_cknna.py

@@ -64,8 +64,9 @@ def prepare_every(
     "The data of every seed, with progress. Raises InputError as `prepare_data` does."
     seeds = range(1 if WORLDS[plan.recipe].one_set else plan.seeds)
     missing = [seed for seed in seeds if not data_of(plan, folder, seed).is_dir()]
+    large = sum(value for value in vars(plan.sizes).values() if isinstance(value, int)) > 1000
     with tqdm(total=len(missing), desc="preparing data") as bar:
-        if min(workers, len(missing)) > 1:
+        if large and min(workers, len(missing)) > 1:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
                 for _ in pool.map(prepare_data, *zip(*((plan, folder, seed) for seed in missing))):
                     bar.update()

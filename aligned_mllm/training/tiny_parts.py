@@ -122,7 +122,7 @@ def sentence_tokenizer(
     )
 
 # %% ../../nbs/lib/training/05_tiny_parts.ipynb #827950b7
-CHATML = (  # the chat template of Qwen and SmolLM2, without their system sentences
+CHATML = (  # the chat template of SmolLM2, without its system sentence
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -144,14 +144,12 @@ def byte_tokenizer(
     tokenizer.train_from_iterator(sentences, trainer)
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    made = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens={"im_start_token": "<|im_start|>"},
     )
-    made.chat_template = CHATML
-    return made
 
 # %% ../../nbs/lib/training/05_tiny_parts.ipynb #2bd8bb63
 def tiny_part(
@@ -176,6 +174,7 @@ def tiny_part(
         loader = "AutoModelForCausalLM"
         spoken = model_type == "qwen2" or "SmolLM2" in source  # these two have byte-level tokenizers
         processor = (byte_tokenizer if spoken else sentence_tokenizer)(sentences)
+        processor.chat_template = CHATML if "SmolLM2" in source else None
         special = {
             "bos_token_id": processor.bos_token_id,
             "eos_token_id": processor.eos_token_id,
