@@ -172,6 +172,13 @@ def test_a_full_disk_and_changed_weights_are_refused(cache, tmp_path, monkeypatc
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
         assert "1 MiB free" in refused("augnet")
+    with monkeypatch.context() as full:  # later than the check of the space
+
+        def write_nothing(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        full.setattr(GridVisionModel, "save_pretrained", write_nothing)
+        assert "No space left on device" in refused("augnet") and not any(cache.iterdir())
     folder = Path(part_source("augnet"))
     assert part_source("augnet") == str(folder)  # the same folder, not made again
     file = folder / "model.safetensors"

@@ -35,7 +35,7 @@ def commands(tmp_path, monkeypatch):
 def tiny_run(tmp_path_factory):
     "What all parts leave with tiny shapes, each by its own command."
     folder = tmp_path_factory.mktemp("gpu")
-    for part in GPU_PARTS.values():
+    for part in (GPU_PARTS[name] for name in GPU_PARTS if name != "desk"):  # its own tests: test_desk
         module, *words = (word.replace("FOLDER", str(folder)) for word in (*part.words, *part.tiny))
         assert MODULES[module].main(words) == 0
     return folder
@@ -43,7 +43,7 @@ def tiny_run(tmp_path_factory):
 
 def test_all_parts_leave_their_tables(tiny_run):
     tables = result_tables(tiny_run)
-    assert set(GPU_PARTS) | {"card", "goals"} == set(tables)
+    assert {*GPU_PARTS, "card", "goals"} - {"desk"} == set(tables)
     assert tables["equality"].within.all() and len(tables["equality"]) == 16
     assert list(tables["speed"].index) == ["plain", "online", "plain_encoders", "online_encoders"]
     assert tables["speed"].loc["plain", "alignment, %"] == 0 and (tables["speed"]["samples/s"] > 0).all()

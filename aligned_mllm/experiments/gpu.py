@@ -60,6 +60,16 @@ GPU_PARTS = {
     ),
 }
 
+# %% ../../nbs/lib/experiments/55_gpu.ipynb #7729cfad
+GPU_PARTS["desk"] = Part(
+    600,
+    (
+        *("aligned_mllm.cli", "experiment", "--recipe", "desk", "--seeds", "5"),
+        *("--workers", "6", "--output", "FOLDER/desk"),
+    ),
+    tiny=("--quick",),
+)
+
 # %% ../../nbs/lib/experiments/55_gpu.ipynb #6bbbdc27
 def reason_in(
     log: str,  # everything that a part printed

@@ -214,9 +214,13 @@ def converted(
             part.convert(file, temporary)
         except InputError:
             raise
-        except OSError:  # such as a full disk: the reason is in its text
-            raise
         except Exception as error:  # damaged files end in errors of many kinds
+            if isinstance(error, OSError) and error.errno:  # such as a full disk
+                raise InputError(
+                    f"{folder} cannot be written ({error.strerror})",
+                    f"{part.mib} MiB of space",
+                    "free some, or set ALIGNED_MLLM_CACHE to another folder",
+                ) from error
             reason = " ".join(str(error).split())[:160]
             raise InputError(
                 f"{file} cannot be converted ({type(error).__name__}: {reason})",
