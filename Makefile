@@ -62,7 +62,7 @@ tests-rest:
 notebooks:
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^tutorials$$'  # docs executes these
 
-soak: .venv/ready  ## kill runs, damage files: 200 and 5,000 cases in twenty minutes (ARGS="--kills 20 --damages 200 --seed 1")
+soak: .venv/ready  ## kill runs, damage files: 200 and 5,000 cases in 8 to 20 minutes (ARGS="--kills 20 --damages 200 --seed 1")
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
 
 browser: .venv/ready
