@@ -39,7 +39,7 @@ def test_json(tmp_path, content):
     assert "config.json" in refused(load_json, tmp_path / "config.json", needs=("seed",))
 
 
-def test_a_checkpoint_with_a_changed_file(tmp_path):
+def test_a_checkpoint_with_a_changed_file(tmp_path, capsys):
     for step in (1, 2):
         checkpoint = tmp_path / f"checkpoint-{step}"
         (checkpoint / "inner").mkdir(parents=True)
@@ -53,6 +53,10 @@ def test_a_checkpoint_with_a_changed_file(tmp_path):
     assert "inner/rng.pt is missing" in refused(require_whole, checkpoint)
     save_json({"step": 1}, tmp_path / "checkpoint-1" / "whole.json")  # a mark without a list of files
     require_whole(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-2" / "whole.json").unlink()
+    remove_leftovers(tmp_path)
+    assert "checkpoint-2 has no whole.json: it was not written to its end" in capsys.readouterr().out
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
     save_json({}, tmp_path / "done.json")
     remove_leftovers(tmp_path)
     assert last_checkpoint(tmp_path) is None and not list(tmp_path.glob("checkpoint-*"))

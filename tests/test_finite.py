@@ -350,6 +350,25 @@ def test_a_learning_rate_that_is_too_high_is_never_done(small_data, tmp_path):
     assert not (tmp_path / "run" / "done.json").exists()
 
 
+def test_a_run_that_ends_in_steps_that_were_left_out_is_not_done(tmp_path):
+    "Its weights may be spoilt, and no later step has shown that they are not."
+
+    class AfterTheThird(TwoTerms):
+        def forward(self, batch):
+            faulty = trainer.state.global_step >= 3
+            return super().forward(
+                {**batch, "index": torch.full_like(batch["index"], FAULTY if faulty else 0)}
+            )
+
+    trainer = small(tmp_path, not_finite="skip_step", save_strategy="no")
+    trainer.model.__class__ = AfterTheThird
+    with pytest.raises(
+        NotFinite, match=f"after step {STEPS}: the run ends in steps that were left out; 3 such"
+    ):
+        trainer.train()
+    assert read_not_finite(tmp_path / "not_finite.csv")[-1][3] == "stopped"
+
+
 class Forks:
     "A Runner whose runs are over when they have been started; `heard` has what was printed before each."
 

@@ -188,7 +188,7 @@ def broken(path: Path) -> None:
 
 REFUSED = {
     "no alpha": lambda path: Image.new("RGB", (40, 40)).save(path),
-    "opaque everywhere": lambda path: Image.new("RGBA", (40, 40), (9, 9, 9, 255)).save(path),
+    "128 or more everywhere": lambda path: Image.new("RGBA", (40, 40), (9, 9, 9, 255)).save(path),
     "transparent everywhere": lambda path: Image.new("RGBA", (40, 40), (9, 9, 9, 100)).save(path),
     "1 x 1 pixels": lambda path: cut_out(path, size=(1, 1)),
     f"40 x {LEAST_SIDE - 1} pixels": lambda path: cut_out(path, size=(40, LEAST_SIDE - 1)),
@@ -210,7 +210,7 @@ def test_a_faulty_cut_out_is_refused(tmp_path, fault):
 
 
 def test_a_missing_folder_names_the_command_that_installs_one(tmp_path):
-    with pytest.raises(InputError, match="apt install tuxpaint-stamps-default, or any folder"):
+    with pytest.raises(InputError, match="apt install tuxpaint-stamps-default, or name any folder"):
         read_cutouts(tmp_path / "none")
     with pytest.raises(InputError, match="no picture in"):
         read_cutouts(tmp_path)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.objectives.base import Objective, Target
-from aligned_mllm.training.config import AlignConfig
+from aligned_mllm.training.config import AlignConfig, configured
 from aligned_mllm.training.claim import claim_folder
 from aligned_mllm.training.run_folder import last_checkpoint, mark_whole, remove_leftovers
 from aligned_mllm.training.trainer import TermTrainer
@@ -283,6 +283,14 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path):
     for name in set(found):
         again = trained(tmp_path / name, tmp_path / name / name, **settings)
         assert again["weight"] == whole["weight"] and again["lines"][-1] == whole["lines"][-1]
+
+
+def test_checkpoints_are_saved_at_steps_that_are_logged(tmp_path):
+    for settings in ({"save_steps": 20}, {"save_steps": 0.5}, {"save_steps": 6, "logging_steps": 3}):
+        configured("", "data", tmp_path, {**settings, "use_cpu": True})
+    for settings in ({"save_steps": 15}, {"save_steps": 5, "logging_steps": 3}):
+        with pytest.raises(InputError, match="a multiple of logging_steps"):
+            configured("", "data", tmp_path, {**settings, "use_cpu": True})
 
 
 def claimed(folder: Path, teacher: str = "a1", model: str = "owner/name", **settings) -> dict:

@@ -20,6 +20,7 @@ from .cause_tables import write_cause_tables
 from .jobs import check_jobs, graph_of, run_jobs, worker_count
 from .plan import Plan, data_of, joined_plan, plan_record, prepare_data
 from .recipes import WORLDS
+from ..models.known_parts import part_source
 from .trials import choose
 from aligned_mllm.experiments.tables import (
     read_cknna,
@@ -89,6 +90,12 @@ def experiment(
     transformers.utils.logging.disable_progress_bar()
     plan = joined_plan(plan, folder)
     require_space(folder, 2**28 + plan.seeds * len(plan.arms) * 2**24)
+    world = WORLDS[plan.recipe]
+    for name in (
+        world.teacher,
+        *(world.stages[1].get(key, "") for key in ("vision_tower", "language_model")),
+    ):
+        part_source(name)  # converted or refused before data are made
     with sole_owner(folder):
         prepare_every(plan, folder, workers)
         for seed in range(plan.seeds):

@@ -96,7 +96,9 @@ def require_same_run(
         name = key.removeprefix("objectives.")
         said.append(f"{name} was {str(old.get(key))[:60]} and is {str(new.get(key))[:60]} now")
     remedy = "choose another --output, or delete the folder"
-    if "samples_per_step" in different:
+    if "per_device_train_batch_size" in different:
+        remedy = f"set per_device_train_batch_size={old.get('per_device_train_batch_size')}, or {remedy}"
+    elif "samples_per_step" in different:
         remedy = f"start as many processes as before (or set global_batch_size from the start), or {remedy}"
     raise InputError(
         f"{run} holds a run with other settings: {', '.join(said)}",

@@ -287,9 +287,10 @@ def configured(
     if merged.get("evaluation_records"):
         merged.setdefault("eval_strategy", "steps")
     saves = merged.get("save_steps")
-    if saves and saves % merged.get("logging_steps", 1):
+    logged = merged.get("logging_steps", AlignConfig.logging_steps)
+    if saves and min(saves, logged) >= 1 and saves % logged:  # below 1: a share of the steps
         raise InputError(
-            f"save_steps {saves} with logging_steps {merged['logging_steps']}",
+            f"save_steps {saves} with logging_steps {logged}",
             "a multiple of logging_steps",
             "change one: the loss lines of a resumed run would differ",
         )

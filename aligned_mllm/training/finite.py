@@ -110,9 +110,9 @@ def stop_error(
     found = [f"{when}: {fault}", f"samples {samples}" if samples else ""]
     found += [f"{row} such steps in a row" if row > 1 else ""]
     remedy = "lower learning_rate, or set max_grad_norm"
-    if cause != "weights":
+    if cause != "weights" and row == 1:
         remedy = f"examine the samples, {remedy}; not_finite=skip_step leaves such steps out"
-    kept = "The run folder keeps its last checkpoint"
+    kept = "The run folder keeps its last checkpoint; other settings need another --output"
     return NotFinite("; ".join(part for part in found if part), "finite numbers", f"{remedy}. {kept}")
 
 # %% ../../nbs/lib/training/77_finite.ipynb #f1a70022
@@ -251,6 +251,11 @@ class FiniteTrainer(Trainer):
 
     def _finalize_training(self, *arguments, **keywords):
         self.check_weights()
+        row = in_a_row([each[0] for each in self.left_out], self.state.global_step)
+        if row > 1:  # no later step has shown that the weights still work
+            fault = "the run ends in steps that were left out"
+            self.save_left_out((self.state.global_step, fault, "", "stopped"))
+            raise stop_error(f"after step {self.state.global_step}", fault, row=row)
         if self.left_out and self.is_world_process_zero():
             print(f"{len(self.left_out)} steps were left out, see {self.not_finite_file}", flush=True)
         return super()._finalize_training(*arguments, **keywords)

@@ -147,7 +147,12 @@ def remove_leftovers(
     folders of killed processes."""
     done = (run / "done.json").is_file()
     for checkpoint in checkpoints_of(run):
-        if done or not (checkpoint / WHOLE).is_file():
+        whole = (checkpoint / WHOLE).is_file()
+        if not done and not whole:
+            print(
+                f"{checkpoint.name} has no {WHOLE}: it was not written to its end, and is removed", flush=True
+            )
+        if done or not whole:
             remove_checkpoint(checkpoint)
     for folder in (run, *checkpoints_of(run)):
         for path in folder.iterdir():

@@ -170,7 +170,9 @@ def trimmed(
         fault = f"{cutout.path} cannot be decoded ({type(error).__name__})"
         raise InputError(fault, f"a complete {' or '.join(formats)} file", "replace or remove it") from None
     solid = np.asarray(picture)[..., 3] >= 128
-    fault = "has no alpha" if not has_alpha else "is opaque everywhere" if solid.all() else ""
+    fault = (
+        "has no alpha" if not has_alpha else "has an alpha of 128 or more everywhere" if solid.all() else ""
+    )
     fault = "" if cutout.whole else "is transparent everywhere" if not solid.any() else fault
     if fault:
         expected = "a cut-out whose alpha shows its shape"
@@ -278,7 +280,7 @@ def draw_cutouts(
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # of the Debian package tuxpaint-stamps-default
 
 # %% ../../nbs/lib/worlds/65_cutouts.ipynb #d99797dd
-_INSTALL = "apt install tuxpaint-stamps-default, or any folder of PNG files with alpha"
+_INSTALL = "apt install tuxpaint-stamps-default, or name any folder of PNG files with alpha (--data)"
 
 # %% ../../nbs/lib/worlds/65_cutouts.ipynb #da6baa5e
 def _sentence(path: Path) -> str | None:
