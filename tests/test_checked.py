@@ -213,10 +213,10 @@ def test_answers_that_are_cut_are_counted_and_listed(data, capsys):
     samples = prepared(data, max_length=limit)
     cut = [record.id for record, end in zip(samples.records, ends) if end > limit]
     assert 0 < len(cut) and len(samples) == 10
-    assert f"cuts the end of answers in {len(cut)} samples" in capsys.readouterr().out
+    assert f"cuts answers of {len(cut)} samples" in capsys.readouterr().out
     assert pd.read_csv(data / "run" / "cut_answers.csv").id.tolist() == cut
     prepared(data, max_length=limit)  # from the findings that were kept
-    assert f"cuts the end of answers in {len(cut)} samples" in capsys.readouterr().out
+    assert f"cuts answers of {len(cut)} samples" in capsys.readouterr().out
 
 
 def test_several_faults_are_counted_and_repairs_too(data):

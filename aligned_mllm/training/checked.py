@@ -118,12 +118,12 @@ def prepare_samples(
         path = output / "too_long.csv"
         save_left_out(merged_left_out(path, rows) if resumed else rows, path)
         if rows:
-            print(f"too long and left out: {len(rows)} samples, see {path}", flush=True)
+            print(f"too long and left out: {len(rows)} samples, see {path.name} in the run folder", flush=True)
     cut = [each.left_out for each in findings if each.kind == CUT]
     if config.process_index == 0 and cut:
         path = output / "cut_answers.csv"
         save_left_out(cut, path)
-        print(f"max_length cuts the end of answers in {len(cut)} samples, see {path}; raise it", flush=True)
+        print(f"max_length cuts answers of {len(cut)} samples: {path.name} in the run folder", flush=True)
 
 # %% ../../nbs/lib/training/77_checked.ipynb #77c40016
 def left_out_before(
