@@ -118,7 +118,7 @@ def prepare_samples(
         path = output / "too_long.csv"
         save_left_out(merged_left_out(path, rows) if resumed else rows, path)
         if rows:
-            print(f"too long and left out: {len(rows)} samples, see {path.name} in the run folder", flush=True)
+            print(f"too long and left out: {len(rows)} samples, {path.name} in the run folder", flush=True)
     cut = [each.left_out for each in findings if each.kind == CUT]
     if config.process_index == 0 and cut:
         path = output / "cut_answers.csv"
