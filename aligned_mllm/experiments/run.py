@@ -104,7 +104,7 @@ def experiment(
                 build_parts(parts, seed)
         check_jobs(plan, folder)
         if plan.choice:
-            plan = choose(plan, folder)
+            plan = choose(plan, folder, workers)
         record = folder / "plan.json"
         earlier = load_json(record)["command"].split(" && ") if record.is_file() else []
         words = dict.fromkeys(text for text in (*earlier, command) if text)

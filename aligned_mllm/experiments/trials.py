@@ -19,7 +19,7 @@ from ..evals.task import score_run
 from .arms import ARMS
 from .asking import ask_runs
 from .choice import searched_arms
-from .jobs import Graph, Job, run_jobs, worker_count
+from .jobs import Graph, Job, run_jobs
 from .plan import Plan, prepare_data
 
 # %% ../../nbs/lib/experiments/25_trials.ipynb #b1b9af7b
@@ -79,6 +79,7 @@ def best_settings(
 def choose(
     plan: Plan,  # with a choice
     folder: Path,  # the experiment's
+    workers: int,  # runs at the same time
 ) -> Plan:
     """The plan with the settings chosen for each arm: make the trials that are not done, ask them, write
     choices.csv and choices.json. Raises InputError as `trials_of` and `run_jobs` do."""
@@ -86,8 +87,8 @@ def choose(
     jobs = [job for _, _, _, job in trials_of(plan, folder, graph)]
     for seed in plan.choice.seeds:
         prepare_data(plan, folder / "choices", seed)
-    run_jobs(graph.jobs, workers=worker_count())
-    ask_runs([(job.output, job.data, "test.jsonl") for job in jobs], worker_count())
+    run_jobs(graph.jobs, workers)
+    ask_runs([(job.output, job.data, "test.jsonl") for job in jobs], workers)
     table = trial_scores(plan, folder)
     with whole_file(folder / "choices.csv") as path:
         table.to_csv(path, index=False)
