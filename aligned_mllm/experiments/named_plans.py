@@ -18,7 +18,7 @@ CAUSES = {
         *("position_code", "position_code_viral", "position_code_other_image", "position_code_position_mean"),
         *("rope2d", "rope2d_viral", "rope2d_other_image", "rope2d_position_mean"),
         *("visual_norm", "visual_norm_viral"),
-        *("stop25", "stop50"),
+        *("stop25", "stop50", "viral_layer1", "viral_layer5"),
     ),
     "seeds": 10,
     "choice": Choice(),
