@@ -1,0 +1,150 @@
+"""SEA: the choice of pairs and the loss against independent references, alone and in two processes."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from browser import free_port
+
+from aligned_mllm.core import load_json, save_json
+from aligned_mllm.objectives.contrastive import chosen_pairs, drawn_words, one_of_each, symmetric_loss, windows_of
+
+
+def reference(tokens: np.ndarray, embeddings: np.ndarray, temperature: float) -> float:
+    "Eq. 11 times N, pair by pair, in float64."
+    unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (tokens, embeddings)]
+    total = 0.0
+    for i in range(len(tokens)):
+        by_token = [np.exp(unit[0][i] @ unit[1][j] / temperature) for j in range(len(tokens))]
+        by_word = [np.exp(unit[1][i] @ unit[0][j] / temperature) for j in range(len(tokens))]
+        total -= (np.log(by_token[i] / sum(by_token)) + np.log(by_word[i] / sum(by_word))) / 2
+    return total
+
+
+def pairs(count: int, width: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator), torch.randn(count, width, generator=generator)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_loss_and_gradients_agree_with_the_definition(temperature):
+    tokens, embeddings = pairs(7)
+    tokens.requires_grad_()
+    log_scale = torch.tensor(-np.log(temperature), dtype=torch.float32, requires_grad=True)
+    total = symmetric_loss(tokens, embeddings, torch.arange(7), log_scale)
+    total.backward()
+    exact = tokens.detach().double().numpy()
+    words = embeddings.double().numpy()
+    assert total.item() == pytest.approx(reference(exact, words, temperature), rel=1e-5)
+    step = 1e-5
+    for row, column in ((0, 0), (3, 4), (6, 5)):
+        moved = [exact.copy() for _ in range(2)]
+        moved[0][row, column] += step
+        moved[1][row, column] -= step
+        slope = (reference(moved[0], words, temperature) - reference(moved[1], words, temperature)) / (2 * step)
+        assert tokens.grad[row, column].item() == pytest.approx(slope, abs=1e-4)
+    higher = reference(exact, words, temperature * np.exp(-step))
+    lower = reference(exact, words, temperature * np.exp(step))
+    assert log_scale.grad.item() == pytest.approx((higher - lower) / (2 * step), abs=1e-3)
+
+
+def test_no_pairs_are_an_exact_zero_with_finite_gradients():
+    tokens = torch.zeros(0, 4, requires_grad=True)
+    log_scale = torch.zeros((), requires_grad=True)
+    total = symmetric_loss(tokens, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), log_scale)
+    total.backward()
+    assert total.item() == 0 and log_scale.grad == 0
+
+
+SHARES = ([0, 1, 2, 3], [4, 5, 6])  # which pairs a process has
+
+
+def share(rank: int, port: int, counts: list, found: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    PartialState(cpu=True)
+    tokens, embeddings = pairs(7)
+    own = counts[rank]
+    tokens = tokens[own].requires_grad_()
+    log_scale = torch.tensor(1.0, requires_grad=True)
+    total = symmetric_loss(tokens, embeddings[own], torch.tensor(own, dtype=torch.long), log_scale, True)
+    total.backward()
+    slope = log_scale.grad.clone()
+    both = total.detach().clone()
+    dist.all_reduce(slope)
+    dist.all_reduce(both)
+    facts = {"total": both.item(), "slope": slope.item(), "gradient": tokens.grad.tolist()}
+    save_json(facts, f"{found}{rank}.json")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("counts", [SHARES, ([0, 1, 2, 3, 4, 5, 6], [])])
+def test_two_processes_have_the_loss_and_gradients_of_one(counts, tmp_path):
+    tokens, embeddings = pairs(7)
+    tokens.requires_grad_()
+    log_scale = torch.tensor(1.0, requires_grad=True)
+    total = symmetric_loss(tokens, embeddings, torch.arange(7), log_scale)
+    total.backward()
+    settings = (free_port(), list(counts), str(tmp_path / "found"))
+    torch.multiprocessing.start_processes(share, settings, nprocs=2, start_method="forkserver")
+    found = [load_json(tmp_path / f"found{rank}.json") for rank in (0, 1)]
+    assert found[0]["total"] == pytest.approx(total.item(), rel=1e-5)
+    assert found[0]["slope"] == pytest.approx(log_scale.grad.item(), rel=1e-4)
+    gradient = torch.tensor([row for each in found for row in each["gradient"]])
+    assert torch.allclose(gradient, tokens.grad, atol=1e-6)
+
+
+def test_a_word_of_two_processes_is_nobodys_negative():
+    "Rows 0 and 2 have one word: row 1 is the only negative of both."
+    tokens, embeddings = pairs(3)
+    words = torch.tensor([4, 5, 4])
+    total = symmetric_loss(tokens, embeddings, words, torch.zeros(()))
+    unit = [vectors / vectors.norm(dim=1, keepdim=True) for vectors in (tokens, embeddings)]
+    cosines = unit[0] @ unit[1].T
+    expected = 0.0
+    for i, others in ((0, [1]), (1, [0, 2]), (2, [1])):
+        for scores in (cosines, cosines.T):
+            kept = scores[i, [i, *others]]
+            expected += (kept.logsumexp(0) - scores[i, i]) / 2
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_words_are_drawn_in_proportion_to_their_scores():
+    words = torch.tensor([[0, 1, 2]]).repeat(30000, 1)
+    scores = torch.tensor([[0.6, 0.3, 0.1]]).repeat(30000, 1)
+    drawn = drawn_words(words, scores, torch.Generator().manual_seed(1))
+    shares = torch.bincount(drawn) / len(drawn)
+    assert torch.allclose(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.01)
+
+
+@pytest.mark.parametrize("grids, size", [([[4, 4]], 2), ([[27, 27]], 2), ([[3, 5], [1, 1], [2, 2]], 3), ([[3, 3]], 1)])
+def test_each_window_gives_one_patch_by_chance(grids, size):
+    grids = torch.tensor(grids)
+    windows = windows_of(grids, size)
+    assert len(windows) == grids.prod(1).sum()
+    assert windows.max() + 1 == sum(-(-rows // size) * -(-columns // size) for rows, columns in grids.tolist())
+    eligible = torch.ones(len(windows), dtype=torch.bool)
+    counts = torch.zeros(len(windows))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        chosen = one_of_each(windows, eligible, generator)
+        assert torch.bincount(windows[chosen]).eq(1).all()
+        counts += chosen
+    expected = 400 / torch.bincount(windows)[windows]
+    assert ((counts - expected).abs() < 5 * (expected + 1).sqrt()).all()
+
+
+def test_pairs_have_different_words_and_only_patches_that_count():
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-1, 6, (50, 3), generator=generator)
+    scores = torch.rand(50, 3, generator=generator) * (words >= 0)
+    keep = torch.rand(50, generator=generator) < 0.7
+    places, found = chosen_pairs(words, scores, torch.tensor([[5, 10]]), keep, 2, generator)
+    assert len(places) == len(found) == len(set(found.tolist())) > 2
+    assert keep[places].all() and all(word in words[place] for place, word in zip(places, found))
+    none = chosen_pairs(words, 0 * scores, torch.tensor([[5, 10]]), keep, 2, generator)
+    assert len(none[0]) == len(none[1]) == 0
