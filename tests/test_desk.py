@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_nlvr import write_small_nlvr
 from torch import nn
 from transformers import (
     AutoModel,
@@ -236,6 +237,19 @@ def test_the_hub_recipes_run_on_tiny_parts(desk, tmp_path, capsys):
         [{"role": "user", "content": "x"}]
     )
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_statements_of_people_are_learnt_and_asked_with_the_desks_parts(desk, tmp_path):
+    write_small_nlvr(tmp_path / "clone", "dev", 12)
+    write_small_nlvr(tmp_path / "clone", "test", 4)
+    plan = quick_plan("desk_nlvr", source=str(tmp_path / "clone"))
+    data = prepare_data(plan, tmp_path, 0)
+    parts = {"vision_tower": str(desk["grid"]), "language_model": str(desk["language"]), "bf16": False}
+    run("desk_nlvr_stage1", data, tmp_path / "s1", {**SHORT, **parts})
+    settings = {**SHORT, "model": str(tmp_path / "s1" / "model"), "eval_steps": 2, "bf16": False}
+    run("desk_nlvr", data, tmp_path / "s2", settings)
+    table = score_run(tmp_path / "s2", data)
+    assert table.accuracy.between(0, 1).all() and len(table) >= 1
 
 
 def test_the_hub_recipe_has_a_dry_run(capsys):
