@@ -285,6 +285,17 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path):
         assert again["weight"] == whole["weight"] and again["lines"][-1] == whole["lines"][-1]
 
 
+def test_a_run_is_resumed_once_its_checkpoint_is_accepted(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint-4"
+    trained(tmp_path, save_at=[4])
+    trained(tmp_path, checkpoint)
+    assert "resumed from checkpoint-4" in capsys.readouterr().out
+    (checkpoint / "weight.pt").write_bytes(b"other")
+    with pytest.raises(InputError, match="weight.pt is damaged"):
+        trained(tmp_path, checkpoint)
+    assert "resumed" not in capsys.readouterr().out
+
+
 def test_checkpoints_are_saved_at_steps_that_are_logged(tmp_path):
     for settings in ({"save_steps": 20}, {"save_steps": 0.5}, {"save_steps": 6, "logging_steps": 3}):
         configured("", "data", tmp_path, {**settings, "use_cpu": True})

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.collate import TOO_LONG
 from ..models.compose import CHATS
 from ..models.trainable import STAGES
@@ -250,7 +250,8 @@ def accumulation_of(
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if global_batch_size % (per_device * processes):
         raise InputError(
-            f"a global batch of {global_batch_size} for {processes} processes with {per_device} samples each",
+            f"a global batch of {global_batch_size} for {counted(processes, 'process')} with "
+            f"{counted(per_device, 'sample')} each",
             "a multiple",
             "change per_device_train_batch_size",
         )
