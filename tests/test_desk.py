@@ -26,7 +26,13 @@ from aligned_mllm.experiments.recipes import WORLDS
 from aligned_mllm.experiments.run import experiment, space_needed
 from aligned_mllm.models import known_parts
 from aligned_mllm.models.grid_vision import GridVisionConfig, GridVisionModel
-from aligned_mllm.models.known_parts import KNOWN_PARTS, efficientnet_name, part_source, resnet_name
+from aligned_mllm.models.known_parts import (
+    KNOWN_PARTS,
+    efficientnet_name,
+    part_digest,
+    part_source,
+    resnet_name,
+)
 from aligned_mllm.models.load import load_model
 from aligned_mllm.train import main as train
 from aligned_mllm.training.config import configured
@@ -188,11 +194,18 @@ def test_a_full_disk_and_changed_weights_are_refused(cache, tmp_path, monkeypatc
         assert "No space left on device" in refused("augnet") and not any(cache.iterdir())
     folder = Path(part_source("augnet"))
     assert part_source("augnet") == str(folder)  # the same folder, not made again
+    read = []
+    digest = known_parts.weights_digest
+    monkeypatch.setattr(known_parts, "weights_digest", lambda folder: read.append(folder) or digest(folder))
+    assert part_digest("augnet") == digest(folder) and read == [folder]
+    assert part_digest(str(folder)) == digest(folder) and read == [folder, str(folder)]
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     assert "as converted" in refused("augnet") and "delete that folder" in refused("augnet")
+    with pytest.raises(InputError, match="as converted"):
+        part_digest("augnet")
 
 
 @pytest.fixture(scope="module")
