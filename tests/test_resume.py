@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from browser import free_port
-from conftest import FORKS, into_file
+from conftest import in_two_processes
 from torch import nn
 from transformers import TrainerCallback
 
@@ -173,13 +172,8 @@ def cells(folder: Path, processes: int) -> dict:
     return found
 
 
-def one_of_two(rank: int, port: int, folder: Path) -> None:
-    into_file(folder / f"{rank}.log")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    found = cells(folder, 2)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+def cells_on_two(rank: int, folder: Path) -> None:
+    (folder / f"{rank}.json").write_text(json.dumps(cells(folder, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +181,7 @@ def table(tmp_path_factory) -> tuple[dict, list[dict]]:
     "All cells on one process, and on each of two."
     folder = tmp_path_factory.mktemp("table")
     one = cells(folder, 1)
-    port = free_port()
-    pair = [FORKS.Process(target=one_of_two, args=(rank, port, folder)) for rank in (0, 1)]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join(120)
-    assert [process.exitcode for process in pair] == [0, 0], (folder / "0.log").read_text()[-2000:]
+    in_two_processes(folder / "log.txt", cells_on_two, folder)
     return one, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
