@@ -20,6 +20,7 @@ from ..core import InputError
 from .collate import Samples, TooLong
 from .encode import LITERAL_TOKEN, as_plain_text, control_tokens, messages_of, require_shape
 from .record import IMAGE, LeftOut, Record
+from .separate_turns import one_turn_records
 
 # %% ../../nbs/lib/data/22_check.ipynb #f1368b29
 CUT = "cut_answer"  # the kind of a finding: the sample is used, but the end of its answers is not learnt
@@ -123,6 +124,8 @@ class Check:
         if not self.full:
             return None
         try:
+            if self.samples.separate_turns:
+                one_turn_records(record)
             sizes = [self.size(name) for name in self.names(record)]
             for number, size in enumerate(sizes, 1):
                 require_shape(*size, self.samples.processor, f"image {number}")
@@ -131,7 +134,8 @@ class Check:
         limit = self.samples.max_length
         with self.lock:
             doubtful = any(max(size) > 20 * min(size) for size in sizes)  # tiles may show nothing of it
-            doubtful = doubtful or limit and self.most_tokens(record, sizes) > limit
+            apart = self.samples.separate_turns
+            doubtful = doubtful or limit and (apart or self.most_tokens(record, sizes) > limit)
             return self.samples.fault(index) if doubtful else None
 
     def findings(self, index: int, record: Record) -> list[Finding]:

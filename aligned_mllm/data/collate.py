@@ -20,6 +20,7 @@ from .encode import IGNORED, PER_TOKEN, encode
 from .open import KeptRecords
 from .record import BrokenSample, Record
 from .records import Records
+from .separate_turns import encode_separate_turns, turn_mask
 
 # %% ../../nbs/lib/data/20_collate.ipynb #e6d63dca
 TOO_LONG = ("raise", "leave_out")  # what may happen to a sample that is too long, or broken
@@ -47,6 +48,7 @@ class Samples(Dataset):
         first_records: int = 0,  # use only so many records; 0 uses all
         cache_mib: int = 1024,  # memory limit for encoded samples, MiB
         broken: str = "raise",  # or "leave_out": the same for a sample that cannot be read
+        separate_turns: bool = False,  # True: the turns of a conversation do not see each other
     ):
         for name, value in (("too_long", too_long), ("broken", broken)):
             if value not in TOO_LONG:
@@ -55,6 +57,7 @@ class Samples(Dataset):
         self.processor = processor
         self.with_images = with_images
         self.with_last_answer = with_last_answer
+        self.separate_turns = separate_turns
         self.view_pixels = view_pixels or {}
         self.max_length = max_length
         kinds = {TooLong: too_long, BrokenSample: broken}
@@ -116,7 +119,10 @@ class Samples(Dataset):
         record = self.records[index]
         images = self._images(record)
         names = record.images if self.with_images else ()
-        sample = encode(record, images, self.processor, self.with_last_answer)
+        if self.separate_turns:
+            sample = encode_separate_turns(record, images, self.processor)
+        else:
+            sample = encode(record, images, self.processor, self.with_last_answer)
         if self.max_length is not None:
             if (sample["labels"][self.max_length :] != IGNORED).any():
                 self.cut.add(index)
@@ -183,7 +189,7 @@ def truncate(
             "samples whose images and first answer fit",
             "raise max_length, split the record, or leave it out (in training: too_long=leave_out)",
         )
-    per_token = ("input_ids", "labels", "visual_mask", *PER_TOKEN)
+    per_token = ("input_ids", "labels", "visual_mask", "turn", "position_ids", *PER_TOKEN)
     return {name: value[:max_length] if name in per_token else value for name, value in sample.items()}
 
 # %% ../../nbs/lib/data/20_collate.ipynb #c73bd2f0
@@ -215,9 +221,9 @@ def cat_padded(
 # %% ../../nbs/lib/data/20_collate.ipynb #69290196
 @dataclass(frozen=True)
 class Collator:
-    """Samples to a batch: (B, S) text tensors; image tensors and views of all samples concatenated;
-    image_names, I strings; view_pixels, {label: [W tensors]} where requested. `view_of` counts the images
-    of the whole batch."""
+    """Samples to a batch: (B, S) text tensors, with an attention_mask (B, 1, S, S) for separate turns; image
+    tensors and views of all samples concatenated; image_names, I strings; view_pixels, {label: [W tensors]}
+    where requested. `view_of` counts the images of the whole batch."""
 
     pad_token_id: int  # fills the shorter samples
     side: str = "right"  # where the padding goes: "right" to train, "left" to generate
@@ -225,7 +231,7 @@ class Collator:
     def __call__(self, samples: list[dict]) -> dict:
         names = {name for sample in samples for name in sample}
         fills = {"input_ids": self.pad_token_id, "labels": IGNORED, "visual_mask": False}
-        fills |= {name: 0 for name in PER_TOKEN if name in names}
+        fills |= {name: 0 for name in ("turn", "position_ids", *PER_TOKEN) if name in names}
         batch = {}
         real = [torch.ones_like(sample["input_ids"]) for sample in samples]
         for name, fill in fills.items():
@@ -233,6 +239,8 @@ class Collator:
                 [sample.get(name, 0 * ones) for sample, ones in zip(samples, real)], fill
             )
         batch["attention_mask"] = self._padded(real, 0)
+        if "turn" in names:
+            batch["attention_mask"] = turn_mask(batch.pop("turn"), batch["attention_mask"])
         if "image_names" in names:
             batch["image_names"] = [name for sample in samples for name in sample.get("image_names", ())]
         if "view_pixels" in names:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LITERAL_TOKEN', 'PER_TOKEN', 'LONGEST_SHAPE', 'IGNORED', 'messages_of', 'control_tokens', 'as_plain_text',
-           'require_system_place', 'answer_spans', 'run_processor', 'require_shape', 'encode']
+           'require_system_place', 'answer_spans', 'run_processor', 'require_shape', 'learnt_spans', 'answer_labels',
+           'encode']
 
 # %% ../../nbs/lib/data/15_encode.ipynb #4e6559b7
 import re
@@ -233,6 +234,30 @@ def _answer_end(
 # %% ../../nbs/lib/data/15_encode.ipynb #e165c11c
 IGNORED = -100  # the label of a position that is not learnt; transformers' losses leave it out
 
+# %% ../../nbs/lib/data/15_encode.ipynb #deb01646
+def learnt_spans(
+    messages: list[dict],  # a conversation
+    text: str,  # the same, rendered
+    processor,  # with a chat template
+) -> list[tuple[int, int]]:
+    """Start and end of the learnt part of every answer in the rendered text, in characters. Raises InputError
+    as `answer_spans` does."""
+    spans = answer_spans(messages, processor.apply_chat_template)
+    return [(begin, _answer_end(begin, end, text, processor.tokenizer)) for begin, end in spans]
+
+# %% ../../nbs/lib/data/15_encode.ipynb #632b839e
+def answer_labels(
+    ids: Tensor,  # (S,) long, the tokens
+    offsets: Tensor,  # (S, 2) long, start and end of each token in characters
+    spans: Sequence[tuple[int, int]],  # learnt parts, in the same characters
+) -> Tensor:
+    "The tokens that end in one of the spans, IGNORED elsewhere: (S,) long."
+    labels = torch.full_like(ids, IGNORED)
+    for begin, end in spans:
+        answer = (offsets[:, 1] > begin) & (offsets[:, 1] <= end)
+        labels[answer] = ids[answer]
+    return labels
+
 # %% ../../nbs/lib/data/15_encode.ipynb #e165c11d
 def _placed_views(
     processor,  # of a family in data.views.LAYOUTS
@@ -293,13 +318,11 @@ def encode(
     last_placeholders = visual_mask.nonzero()[views.placeholders.cumsum(0) - 1, 0]
     ends = offsets[last_placeholders, 1].tolist()
     visual_mask[visual_mask.clone()] = views.patches
-    labels = torch.full_like(ids, IGNORED)
-    for begin, end in answer_spans(messages, render)[record.prompt_turns :]:
-        end = _answer_end(begin, end, text, processor.tokenizer)
-        begin = _expanded_position(begin, text, processor, ends)
-        end = _expanded_position(end, text, processor, ends)
-        answer = (offsets[:, 1] > begin) & (offsets[:, 1] <= end)
-        labels[answer] = ids[answer]
+    spans = [
+        tuple(_expanded_position(position, text, processor, ends) for position in span)
+        for span in learnt_spans(messages, text, processor)[record.prompt_turns :]
+    ]
+    labels = answer_labels(ids, offsets, spans)
     inputs |= {name: inputs[name][0] for name in PER_TOKEN if name in inputs}
     if layout.prefix_lm:
         inputs["token_type_ids"] = ((labels != IGNORED).cumsum(0) > 0).long()

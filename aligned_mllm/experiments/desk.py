@@ -54,6 +54,8 @@ DESK_STAGES = {
         "eval_steps": 150,
         "learning_rate": 2e-4,
         "max_steps": 600,
+        "separate_turns": True,
+        "per_device_train_batch_size": 16,
     },
 }
 
@@ -74,9 +76,9 @@ WORLDS["desk"] = ExperimentWorld(
     facts=lambda plan, seed: photograph_config(seed, pictures_of(plan.source), plan.sizes),
     write=lambda plan, folder, seed: write_photographs(folder, pictures_of(plan.source), seed, plan.sizes),
     note="photographs.json",
-    sizes=PhotographSizes(train=2400, captions=2400, validation=50, test=150, unseen=60),
+    sizes=PhotographSizes(train=2400, captions=2400, validation=50, test=150, unseen=60, turns=6),
     quick={
-        "sizes": PhotographSizes(train=40, captions=40, validation=8, test=12, unseen=8),
+        "sizes": PhotographSizes(train=40, captions=40, validation=8, test=12, unseen=8, turns=6),
         "settings": {"max_steps": 4, "eval_steps": 4, "logging_steps": 2, "save_steps": 4},
         "stage1": {"max_steps": 4, "logging_steps": 2, "save_steps": 4},
     },

@@ -30,7 +30,8 @@ def check_digest(
 ) -> str:
     "What findings depend on, apart from the image files."
     facts = [samples.records.digest, samples.records.repair, samples.count, samples.max_length, full]
-    facts += [samples.with_images, samples.processor.to_dict(), samples.processor.chat_template]
+    facts += [samples.with_images, samples.separate_turns]
+    facts += [samples.processor.to_dict(), samples.processor.chat_template]
     facts += [len(samples.processor.tokenizer), samples.processor.tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -64,9 +64,7 @@ class AlignConfig(TrainingArguments):
         "hub id, NAME@REVISION for another revision than main",
     )
     parts: str = setting("", "folder with embedded parts; the repository's own by default")
-    words_from: list[str] = setting(
-        list, "record files, below data, whose words an embedded model learns"
-    )
+    words_from: list[str] = setting(list, "record files below data whose words an embedded model learns")
     vision_tower: str = setting(
         "", "for 'composed': a vision encoder, by folder, hub id, or a name from KNOWN_PARTS"
     )
@@ -98,6 +96,7 @@ class AlignConfig(TrainingArguments):
         "raise", "'raise', or 'leave_out': for samples that max_length would leave without an answer"
     )
     with_images: bool = setting(True, "false trains a blind model")
+    separate_turns: bool = setting(False, "true: turns share their images and do not see each other")
     max_length: int = setting(0, "longest sample in tokens; 0 for no limit")
     global_batch_size: int = setting(
         0, "samples a step over all processes; sets the accumulation. 0 leaves it"

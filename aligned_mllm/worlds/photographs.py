@@ -50,15 +50,16 @@ class PhotographSizes:
     unseen: int = 200  # as test, of names that no other part has; 0: no names are held out
     held_out: float = 0.2  # share of the names for `unseen`
     per_scene: tuple[int, ...] = (1, 1, 1, 1, 1, 1)  # questions about a training collage, by category
+    turns: int = 1  # most questions in one training conversation; several need `separate_turns`
 
     def __post_init__(self):
         numbers = (self.train, self.captions, self.validation, self.test, self.unseen, *self.per_scene)
         fits = len(self.per_scene) == len(COLLAGE_CATEGORIES) and min(numbers) >= 0 and any(self.per_scene)
-        if not fits or not 0 < self.held_out < 1:
+        if not fits or not 0 < self.held_out < 1 or self.turns < 1:
             raise InputError(
                 f"{self} does not fit",
                 f"numbers from 0, one per category in per_scene ({', '.join(COLLAGE_CATEGORIES)}), "
-                "and a share between 0 and 1 of names to hold out",
+                "a share between 0 and 1 of names to hold out, and at least one turn",
                 "correct it",
             )
 
@@ -111,16 +112,19 @@ def photograph_config(
 
 # %% ../../nbs/lib/worlds/68_photographs.ipynb #d1bcf3f9
 def _records_of(
-    collage: Collage, name: str, part: str, seed: int, source: PictureSource, even: EvenAnswers, wanted: dict
+    collage: Collage, name: str, part: str, source: PictureSource, even: EvenAnswers, sizes: PhotographSizes
 ) -> list[Record]:
     "The records about one collage in its part of the data folder."
     if part == "captions":
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng(collage.seed)
         form = str(random.choice(list(CAPTION_PROMPTS)))
         prompt = str(random.choice(CAPTION_PROMPTS[form]))
         turn = Turn(f"<image>\n{prompt}", collage_caption(collage, form), "caption")
         return [Record(Path(name).stem.replace("captions", "caption"), (name,), (turn,), "")]
-    return conversation_records(even.choose(collage_questions(collage, source, seed), wanted), name, 1)
+    numbers = sizes.per_scene if part == "train" else [1] * len(COLLAGE_CATEGORIES)
+    wanted = dict(zip(COLLAGE_CATEGORIES, numbers))
+    questions = even.choose(collage_questions(collage, source, collage.seed), wanted)
+    return conversation_records(questions, name, sizes.turns if part == "train" else 1)
 
 # %% ../../nbs/lib/worlds/68_photographs.ipynb #958a1cfb
 def _geometry(collage: Collage, name: str, masks: np.ndarray) -> dict:
@@ -166,15 +170,13 @@ def write_photographs(
         (temporary / "images").mkdir()
         for part, (collages, pictures) in parts.items():
             even = EvenAnswers(seed)
-            numbers = sizes.per_scene if part == "train" else [1] * len(COLLAGE_CATEGORIES)
-            wanted = dict(zip(COLLAGE_CATEGORIES, numbers))
             records, lines = [], []
             for index, collage in enumerate(tqdm(collages, part, disable=len(collages) < 500)):
                 name = f"images/{part}-{index:05d}.jpg"
                 picture, masks = draw_collage(collage)
                 picture.save(temporary / name, quality=90)
                 lines.append(json.dumps(_geometry(collage, name, masks)) + "\n")
-                records += _records_of(collage, name, part, collage.seed, pictures, even, wanted)
+                records += _records_of(collage, name, part, pictures, even, sizes)
             write_records(records, temporary / f"{part}.jsonl")
             with whole_file(temporary / f"{part}.geometry.jsonl") as path:
                 path.write_text("".join(lines), encoding="utf-8")
