@@ -87,6 +87,8 @@ WORLDS["desk"] = ExperimentWorld(
     teacher="augnet",
     source="a folder of cut-outs",
     default_source=str(STAMPS),
+    run_mib=560,
+    training_mib=3200,  # two checkpoints: the new one is whole before the old one goes
     limits={
         "teacher": "The teacher was trained without labels, on other pictures. The student's encoder was "
         "trained on ImageNet's labels.",
@@ -106,6 +108,8 @@ WORLDS["desk_hub"] = replace(
     stages={1: {**DESK_STAGES[1], **HUB_PARTS, **WITHOUT_GRID}, 2: {**DESK_STAGES[2], **WITHOUT_GRID}},
     objectives={"viral": {**DESK_OBJECTIVES["viral"], "viral.teacher": "facebook/dinov2-small"}},
     teacher="facebook/dinov2-small",
+    run_mib=880,
+    training_mib=3840,
 )
 
 # %% ../../nbs/lib/experiments/07_desk.ipynb #ff3aa316
