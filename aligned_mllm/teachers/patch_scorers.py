@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORERS', 'last_vectors', 'value_vectors', 'value_attention', 'surgery_vectors', 'Scorer', 'surgery_terms']
 
-# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #0fe7839c
+# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #fd6c2f8c
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .joint_space import JointSpace
 
-# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #b58f7fd6
+# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #0b264774
 @torch.no_grad()
 def last_vectors(
     space: JointSpace,
@@ -25,7 +25,7 @@ def last_vectors(
     (last,) = space.states(pixels, 1)
     return space.in_space(last, last[:, space.encoder.prefix :])
 
-# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #3d2c85d2
+# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #4f13fb96
 @torch.no_grad()
 def value_vectors(
     space: JointSpace,
@@ -40,7 +40,7 @@ def value_vectors(
     values = block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(before)))
     return space.in_space(last, values[:, space.encoder.prefix :])
 
-# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #c13ce891
+# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #d94fbc7a
 def value_attention(
     block: nn.Module,  # an encoder block of CLIP or SigLIP
     states: Tensor,  # (I, S, width), its input
@@ -52,7 +52,7 @@ def value_attention(
     mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #86ae7445
+# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #d7fb8738
 def surgery_vectors(
     space: JointSpace,
     pixels: Tensor,  # (I, 3, height, width)
@@ -65,7 +65,7 @@ def surgery_vectors(
         path = inputs[0] + sum(value_attention(block, state) for block, state in zip(layers, inputs))
         return space.in_space(last, path[:, space.encoder.prefix :])
 
-# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #f927f15a
+# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #40084d81
 @dataclass(frozen=True)
 class Scorer:
     "How patches are compared with words: a row of SCORERS."
@@ -75,14 +75,14 @@ class Scorer:
     surgery: bool  # whether the scores go through feature surgery
     source: str
 
-# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #5107ef52
+# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #e4003a0b
 SCORERS: dict[str, Scorer] = {
     "negated_cosine": Scorer(last_vectors, -1, False, "SEA, arXiv 2408.11813, Eq. 8"),
     "value_path": Scorer(value_vectors, 1, False, "MaskCLIP, arXiv 2112.01071"),
     "surgery": Scorer(surgery_vectors, 1, True, "CLIP Surgery, arXiv 2304.05653"),
 }
 
-# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #7d47e8fb
+# %% ../../nbs/lib/teachers/54_patch_scorers.ipynb #e09d4848
 @torch.no_grad()
 def surgery_terms(
     images: Tensor,  # (I, D), vectors of whole images
