@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['patch_shares', 'ExactLabeller']
 
-# %% ../../nbs/lib/teachers/60_exact_labels.ipynb #220357ea
+# %% ../../nbs/lib/teachers/60_exact_labels.ipynb #be0e8805
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +20,7 @@ from .pixels import shows_picture
 from .targets import BatchView
 from .words import WordList
 
-# %% ../../nbs/lib/teachers/60_exact_labels.ipynb #e1a9bf3d
+# %% ../../nbs/lib/teachers/60_exact_labels.ipynb #dcefe036
 def _filled(first: float, last: float, count: int, pixels: int) -> np.ndarray:
     "The share of each of `count` equal intervals from first to last that every pixel fills: (count, pixels)."
     edges = np.linspace(first, last, count + 1)[:, None] * pixels
@@ -28,7 +28,7 @@ def _filled(first: float, last: float, count: int, pixels: int) -> np.ndarray:
     overlap = np.minimum(edges[1:], starts + 1) - np.maximum(edges[:-1], starts)
     return overlap.clip(0) / (edges[1:] - edges[:-1])
 
-# %% ../../nbs/lib/teachers/60_exact_labels.ipynb #e4c4ed3f
+# %% ../../nbs/lib/teachers/60_exact_labels.ipynb #a43f7eda
 def patch_shares(
     mask: np.ndarray,  # (height, width), the share of each pixel of the whole picture, 0 to 1
     box: tuple[float, ...],  # left, top, right, bottom of the view, in fractions of the picture
@@ -40,7 +40,7 @@ def patch_shares(
     across = _filled(left, right, grid[1], mask.shape[1])
     return (down @ mask @ across.T).ravel()
 
-# %% ../../nbs/lib/teachers/60_exact_labels.ipynb #4d59d98a
+# %% ../../nbs/lib/teachers/60_exact_labels.ipynb #78b51423
 @dataclass
 class ExactLabeller:
     """Labels of patches from known objects. Raises InputError for words that are not in its list, and for a
