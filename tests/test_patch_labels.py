@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from teacher_checks import tiny
 from torch.nn.functional import normalize
 from transformers import Siglip2Config, Siglip2Model
@@ -375,6 +376,14 @@ def test_a_saved_model_is_loaded_with_its_checksum(spaces, tmp_path):
         loaded = load_joint_space(tmp_path / kind)
         assert loaded.checksum == space.checksum
         assert torch.allclose(loaded.text(["red circle"]), space.text(["red circle"]), atol=1e-6)
+        weights = load_file(tmp_path / kind / "model.safetensors")
+        weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]  # as in OpenAI's files
+        save_file(weights, tmp_path / kind / "model.safetensors", {"format": "pt"})
+        assert load_joint_space(tmp_path / kind).checksum == space.checksum
+        del weights["text_model.final_layer_norm.weight"]
+        save_file(weights, tmp_path / kind / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match="1 weights are missing"):
+            load_joint_space(tmp_path / kind)
 
 
 def test_rules_that_lose_most_labels_are_refused():
