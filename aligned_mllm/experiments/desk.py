@@ -122,6 +122,8 @@ WORLDS["desk_nlvr"] = replace(
     },
     objectives=DESK_OBJECTIVES,
     teacher="augnet",
+    run_mib=WORLDS["desk"].run_mib,
+    training_mib=WORLDS["desk"].training_mib,
     limits={
         "teacher": WORLDS["desk"].limits["teacher"],
         "scale": "NLVR's boxes as pictures, a language model of 135 million weights, each test statement "
