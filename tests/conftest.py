@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from browser import free_port
 
 import aligned_mllm.experiments.recipes  # noqa: F401  registers the recipes of the small worlds
@@ -57,17 +58,42 @@ def in_fork(function, *arguments):
     return process
 
 
+def one_of_two(rank: int, log: Path, variables: dict[str, str], function, *arguments) -> None:
+    "A function in this process, which FORKS has started as one of two; the two part at the end."
+    os.environ.update(ENVIRONMENT, **variables)
+    into_file(log)
+    torch.set_num_threads(1)
+    function(rank, *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(log: Path, function, *arguments) -> None:
+    "Run function(rank, *arguments) in two processes of FORKS at once; what they print is in a file."
+    work = [(rank, log, variables, function, *arguments) for rank, variables in enumerate(places(2))]
+    pair = [FORKS.Process(target=one_of_two, args=each) for each in work]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(300)
+    assert [process.exitcode for process in pair] == [0, 0], log.read_text(encoding="utf-8")[-2000:]
+
+
 def log_of(output: Path) -> Path:
     "Where the processes of a run print."
     return output.parent / f"{output.name}.log"
 
 
+def places(processes: int) -> list[dict[str, str]]:
+    "The variables by which each of some processes finds the others; empty for one alone."
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    ranks = [str(rank) for rank in range(processes)]
+    return [{"RANK": rank, "LOCAL_RANK": rank, **together} if processes > 1 else {} for rank in ranks]
+
+
 def started(*arguments, processes: int = 1) -> list:
     "The command's processes, which have just begun."
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     found = []
-    for rank in range(processes):
-        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), **together} if processes > 1 else {}
+    for variables in places(processes):
         work = (log_of(arguments[2]), train_words(*arguments))
         process = FORKS.Process(target=train_here, args=work, kwargs=variables)
         process.start()

@@ -1,6 +1,7 @@
 "Arms that take a gain apart: their teachers, their students, and the plan that compares them."
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,10 @@ from aligned_mllm.data.records import Records
 from aligned_mllm.experiments import asking
 from aligned_mllm.experiments.arms import ARMS
 from aligned_mllm.experiments.cause_arms import CAUSE_ARMS
+from aligned_mllm.experiments.cause_tables import structure_of_arms
 from aligned_mllm.experiments.gradient_runs import GradientListener
+from aligned_mllm.experiments.plan import Plan
+from aligned_mllm.experiments.recipes import WORLDS
 from aligned_mllm.models.load import load_model
 from aligned_mllm.models.rotary import add_rotary_2d
 from aligned_mllm.objectives.base import combine
@@ -26,6 +30,7 @@ from aligned_mllm.training.config import configured
 from aligned_mllm.training.model import with_targets
 from aligned_mllm.training.run import trainer_of
 from aligned_mllm.training.trainer import TermTrainer
+from aligned_mllm.worlds.scene_data import Sizes
 from aligned_mllm.worlds.small_models import embedded_model
 
 FEW = {
@@ -128,6 +133,21 @@ def test_2d_positions_refuse_what_they_cannot_number(small_data):
     model.model.language_model.rotary_emb = torch.nn.Identity()
     with pytest.raises(InputError, match="rotary_2d"):
         add_rotary_2d(model)
+
+
+def test_the_structure_of_targets_is_that_of_the_plans_world(tmp_path, monkeypatch):
+    "In a world whose teacher is 'hog', VIRAL's targets are those of the arm 'hog' on drawn scenes."
+    scenes = WORLDS["scenes"]
+    teacher = {"viral": {**scenes.objectives["viral"], "viral.teacher": "hog"}}
+    monkeypatch.setitem(WORLDS, "other", replace(scenes, objectives=teacher))
+    sizes = Sizes(train=8, captions=2, validation=2, test=8)
+    for part in embedded_model(data_folder() / "parts"):
+        part.save_pretrained(tmp_path / "seed0" / "plain" / "model")
+    values = {}
+    for world, arm in (("scenes", "viral"), ("scenes", "hog"), ("other", "viral")):
+        plan = Plan(world, ("plain", arm), seeds=1, sizes=sizes)
+        values[world, arm] = structure_of_arms(plan, tmp_path, pictures=8).value.tolist()
+    assert values["other", "viral"] == values["scenes", "hog"] != values["scenes", "viral"]
 
 
 def test_every_cause_has_its_baseline_and_a_control_differs_in_one_setting():

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_models import tiny
 from torch.utils.data import DataLoader
 
-from aligned_mllm.core import InputError, data_folder, load_json, path_inside
+from aligned_mllm.core import InputError, counted, data_folder, load_json, path_inside
 from aligned_mllm.data.check import Check, check_samples
 from aligned_mllm.data.collate import Collator, Samples
 from aligned_mllm.data.encode import IGNORED, control_tokens, encode, require_shape
@@ -213,10 +213,10 @@ def test_answers_that_are_cut_are_counted_and_listed(data, capsys):
     samples = prepared(data, max_length=limit)
     cut = [record.id for record, end in zip(samples.records, ends) if end > limit]
     assert 0 < len(cut) and len(samples) == 10
-    assert f"cuts answers of {len(cut)} samples" in capsys.readouterr().out
+    assert f"cuts answers of {counted(len(cut), 'sample')}:" in capsys.readouterr().out
     assert pd.read_csv(data / "run" / "cut_answers.csv").id.tolist() == cut
     prepared(data, max_length=limit)  # from the findings that were kept
-    assert f"cuts answers of {len(cut)} samples" in capsys.readouterr().out
+    assert f"cuts answers of {counted(len(cut), 'sample')}:" in capsys.readouterr().out
 
 
 def test_several_faults_are_counted_and_repairs_too(data):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from browser import free_port
+from conftest import in_two_processes
 from torch import nn
 
 import aligned_mllm.objectives
@@ -225,11 +225,9 @@ def test_its_settings_are_reachable_and_checked(name):
     assert kind.stages and set(kind.stages) <= {1, 2, 3}
 
 
-def half(rank: int, port: int, name: str, data: str, found: str) -> None:
+def half(rank: int, name: str, data: str, found: str) -> None:
     "One of two processes, with its share of the samples; the first writes what both found."
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     PartialState(cpu=True)
     model, samples, processor = trial_model(name, Path(data))
     share = [range(5), range(5, COUNT)][rank]
@@ -250,7 +248,6 @@ def half(rank: int, port: int, name: str, data: str, found: str) -> None:
             norm += gradient.double().square().sum().item()
     if rank == 0:
         save_json({"mean": total.item(), "norm": norm**0.5, "count": counts[-1].item()}, Path(found))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -258,8 +255,7 @@ def test_two_processes_are_one(trial, name, small_data, tmp_path):
     model, samples, processor = trial(name)
     means, gradients = step(model, [batch_of(samples, processor, range(COUNT))])
     norm = sum(gradient.double().square().sum().item() for gradient in gradients.values()) ** 0.5
-    settings = (free_port(), name, str(small_data), str(tmp_path / "found.json"))
-    torch.multiprocessing.start_processes(half, settings, nprocs=2, start_method="forkserver")
+    in_two_processes(tmp_path / "log.txt", half, name, str(small_data), str(tmp_path / "found.json"))
     found = load_json(tmp_path / "found.json")
     assert abs(found["mean"] - means[name]) < 1e-5 and abs(found["norm"] - norm) < 1e-4 * max(norm, 1)
 

@@ -245,7 +245,7 @@ def test_a_run_lists_what_it_repairs_and_leaves_out(small_data, tmp_path, capsys
         ["starts_with_answer", "1", "train.jsonl:2"],
     ]
     assert [row[:2] for row in listed["too_long"]] == [["train.jsonl:3", raws[2]["id"]]]
-    assert "1 records are repaired: starts_with_answer, the first at" in capsys.readouterr().out
+    assert "repaired: 1 record, starts_with_answer, the first at" in capsys.readouterr().out
     strict = configured("scenes_plain", tmp_path / "data", tmp_path / "other", {"repair_records": False})
     assert "turn 1 is from 'gpt'" in message(trainer_of, strict)
     assert "too_long 'cut'" in message(configured, "scenes_plain", "x", "y", {"too_long": "cut"})

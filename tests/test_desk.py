@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_nlvr import write_small_nlvr
 from torch import nn
 from transformers import (
     AutoModel,
@@ -17,15 +19,27 @@ from transformers import (
     ResNetModel,
 )
 
-from aligned_mllm.core import InputError, load_json
+from aligned_mllm.core import InputError, load_json, save_json
 from aligned_mllm.evals.task import score_run
+from aligned_mllm.experiments.choice import Choice
 from aligned_mllm.experiments.plan import Plan, prepare_data, quick_plan
+from aligned_mllm.experiments.recipes import WORLDS
+from aligned_mllm.experiments.run import experiment, space_needed
 from aligned_mllm.models import known_parts
 from aligned_mllm.models.grid_vision import GridVisionConfig, GridVisionModel
-from aligned_mllm.models.known_parts import KNOWN_PARTS, efficientnet_name, part_source, resnet_name
+from aligned_mllm.models.known_parts import (
+    KNOWN_PARTS,
+    efficientnet_name,
+    part_digest,
+    part_source,
+    resnet_name,
+)
 from aligned_mllm.models.load import load_model
 from aligned_mllm.train import main as train
+from aligned_mllm.training.config import configured
+from aligned_mllm.training.dry_run import student_shape
 from aligned_mllm.training.run import run
+from aligned_mllm.training.run_folder import bytes_to_save
 from aligned_mllm.training.tiny_parts import tiny_part
 from aligned_mllm.worlds.cutouts import draw_cutouts
 
@@ -181,11 +195,18 @@ def test_a_full_disk_and_changed_weights_are_refused(cache, tmp_path, monkeypatc
         assert "No space left on device" in refused("augnet") and not any(cache.iterdir())
     folder = Path(part_source("augnet"))
     assert part_source("augnet") == str(folder)  # the same folder, not made again
+    read = []
+    digest = known_parts.weights_digest
+    monkeypatch.setattr(known_parts, "weights_digest", lambda folder: read.append(folder) or digest(folder))
+    assert part_digest("augnet") == digest(folder) and read == [folder]
+    assert part_digest(str(folder)) == digest(folder) and read == [folder, str(folder)]
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     assert "as converted" in refused("augnet") and "delete that folder" in refused("augnet")
+    with pytest.raises(InputError, match="as converted"):
+        part_digest("augnet")
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +236,41 @@ def desk(tmp_path_factory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.parametrize("world", ["desk", "desk_hub"])
+def test_a_world_asks_for_the_space_of_its_runs(world):
+    "Counted from the real shapes: weights of the model, two checkpoints, and what a run keeps free beside."
+    config = configured("desk_hub_stage1", "nowhere", "unused")
+    student = student_shape(config)
+    if world == "desk":
+        with torch.device("meta"):
+            student.model.vision_tower = GridVisionModel(GridVisionConfig(LITE, hidden_size=1280))
+        student.model.vision_tower.requires_grad_(False)
+    finished, training = WORLDS[world].run_mib, WORLDS[world].training_mib
+    weights = sum(value.numel() for value in student.parameters()) * 4 / 2**20
+    assert weights < finished < weights + 50
+    needed = bytes_to_save(config, student, 0) / 2**20
+    assert needed < finished + training < needed + 100
+
+
+def test_an_experiment_needs_space_for_what_is_left(cache, tmp_path, monkeypatch):
+    "Runs that are not done, and checkpoints of as many as train at a time; refused before data are made."
+    plan = Plan("desk", seeds=2, source=str(tmp_path / "nothing"))  # stage 1, three arms and the blind one
+    needed = [space_needed(plan, tmp_path, workers) / 2**20 for workers in (1, 3, 99)]
+    assert needed == [256 + 10 * 560 + count * 3200 for count in (1, 3, 10)]
+    for arm in ("stage1", "plain"):
+        save_json({}, tmp_path / "seed0" / arm / "done.json")
+    assert space_needed(plan, tmp_path, 3) / 2**20 == 256 + 8 * 560 + 3 * 3200
+    choice = replace(plan, choice=Choice(rates=(1e-4, 2e-4), weights=(0.5,), seeds=(100,)))
+    # a stage 1, and two rates for 'plain' and for each kind of target
+    assert space_needed(choice, tmp_path, 3) / 2**20 == 256 + (8 + 1 + 2 * 3) * 560 + 3 * 3200
+    usage = shutil.disk_usage(tmp_path)
+    for free, said in ((-1, "MiB free at"), (0, "is not on this machine")):
+        free += space_needed(plan, tmp_path, 3)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        with pytest.raises(InputError, match=said):
+            experiment(tmp_path, plan, workers=3)
+
+
 SHORT = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "use_cpu": True, "disable_tqdm": True}
 
 
@@ -236,6 +292,19 @@ def test_the_hub_recipes_run_on_tiny_parts(desk, tmp_path, capsys):
         [{"role": "user", "content": "x"}]
     )
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_statements_of_people_are_learnt_and_asked_with_the_desks_parts(desk, tmp_path):
+    write_small_nlvr(tmp_path / "clone", "dev", 12)
+    write_small_nlvr(tmp_path / "clone", "test", 4)
+    plan = quick_plan("desk_nlvr", source=str(tmp_path / "clone"))
+    data = prepare_data(plan, tmp_path, 0)
+    parts = {"vision_tower": str(desk["grid"]), "language_model": str(desk["language"]), "bf16": False}
+    run("desk_nlvr_stage1", data, tmp_path / "s1", {**SHORT, **parts})
+    settings = {**SHORT, "model": str(tmp_path / "s1" / "model"), "eval_steps": 2, "bf16": False}
+    run("desk_nlvr", data, tmp_path / "s2", settings)
+    table = score_run(tmp_path / "s2", data)
+    assert table.accuracy.between(0, 1).all() and len(table) >= 1
 
 
 def test_the_hub_recipe_has_a_dry_run(capsys):

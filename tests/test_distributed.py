@@ -8,8 +8,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from browser import free_port
-from conftest import train
+from conftest import in_two_processes, train
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, load_json
@@ -295,7 +294,7 @@ def test_settings_that_do_not_go_together(small_data, tmp_path):
             configured("scenes_viral", small_data, tmp_path, settings)
 
 
-def sharded(rank: int, port: int, data: str, folder: str, adapters: bool) -> None:
+def sharded(rank: int, data: str, folder: str, adapters: bool) -> None:
     """One of two processes: shared-out weights by accelerate's own FSDP2 wrapping; what it finds is
     written by rank 0."""
     from types import SimpleNamespace
@@ -306,12 +305,10 @@ def sharded(rank: int, port: int, data: str, folder: str, adapters: bool) -> Non
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    torch.set_num_threads(1)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # before processes join: on its own, as one would be
+        del os.environ[name]
     recipe = {"recipe": "scenes_lora_viral", "lora_dropout": 0.0} if adapters else {}
-    trainer, samples = made(
-        data, f"{folder}/{rank}", records="mixed.jsonl", **recipe
-    )  # before processes join: on its own, as one would be
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    trainer, samples = made(data, f"{folder}/{rank}", records="mixed.jsonl", **recipe)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
@@ -363,7 +360,6 @@ def sharded(rank: int, port: int, data: str, folder: str, adapters: bool) -> Non
             {"losses": losses, "gradients": gradients, "back": back, "cut": cut, "units": units},
             f"{folder}/found.pt",
         )
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -374,8 +370,7 @@ def test_shared_out_weights_are_one_process(mixed_data, tmp_path, adapters):
     recipe = {"recipe": "scenes_lora_viral", "lora_dropout": 0.0} if adapters else {}
     trainer, samples = made(mixed_data, tmp_path / "one", records="mixed.jsonl", **recipe)
     losses, gradients = step(trainer, samples)
-    settings = (free_port(), str(mixed_data), str(tmp_path), adapters)
-    torch.multiprocessing.start_processes(sharded, settings, nprocs=2, start_method="forkserver")
+    in_two_processes(tmp_path / "log.txt", sharded, str(mixed_data), str(tmp_path), adapters)
     found = torch.load(tmp_path / "found.pt")
     assert found["cut"] and found["units"] >= 1 + 6 and found["back"]
     assert apart(found["losses"], losses) < 1e-5

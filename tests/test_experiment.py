@@ -17,6 +17,7 @@ from aligned_mllm.experiments import tables
 from aligned_mllm.cli import main
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.data.collate import model_inputs
+from aligned_mllm.evals import task
 from aligned_mllm.evals.task import score_run
 from aligned_mllm.experiments.arms import ARMS as REGISTERED
 from aligned_mllm.experiments.arms import Arm, arm_from_text, register_arm
@@ -170,11 +171,13 @@ def test_a_folder_keeps_all_arms_it_was_asked_for(quick):
     assert joined_plan(quick_plan(arms=("plain", "encoder")), quick).arms == (*ARMS, "encoder")
 
 
-def test_scores_are_of_the_records_that_were_asked(quick, tmp_path):
+def test_scores_are_of_the_records_that_were_asked(quick, tmp_path, capsys):
     run = shutil.copytree(quick / "seed0" / "plain", tmp_path / "run")
     data = quick / "data" / "seed0"
     test = score_run(run, data)
+    assert task.main(["--run", str(run), "--data", str(data), "--records", "validation.jsonl"]) == 0
     validation = score_run(run, data, "validation.jsonl")
+    assert capsys.readouterr().out == f"{validation.round(3).to_string(index=False)}\n"
     assert test.total.sum() > validation.total.sum() and score_run(run, data).equals(test)
 
 

@@ -173,7 +173,7 @@ def test_a_step_that_is_left_out_changes_nothing(tmp_path, fault, way, capsys):
     assert losses.loc[3].isna().any() and losses.drop(3).notna().all().all()
     assert (losses.loss - losses.loss_text - 0.5 * losses.loss_viral).drop(3).abs().max() < 1e-3
     said = capsys.readouterr().out
-    assert "step 3 is left out: " in said and "1 steps were left out" in said
+    assert "step 3 is left out: " in said and "left out: 1 step, see" in said
     if fault != "nan":
         return
     coarse = small(tmp_path / "coarse", fault, logging_steps=3, **settings)

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from browser import free_port
-from conftest import FORKS, into_file
+from conftest import in_two_processes
 from torch import nn
 from transformers import TrainerCallback
 
@@ -173,13 +172,8 @@ def cells(folder: Path, processes: int) -> dict:
     return found
 
 
-def one_of_two(rank: int, port: int, folder: Path) -> None:
-    into_file(folder / f"{rank}.log")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    found = cells(folder, 2)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+def cells_on_two(rank: int, folder: Path) -> None:
+    (folder / f"{rank}.json").write_text(json.dumps(cells(folder, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +181,7 @@ def table(tmp_path_factory) -> tuple[dict, list[dict]]:
     "All cells on one process, and on each of two."
     folder = tmp_path_factory.mktemp("table")
     one = cells(folder, 1)
-    port = free_port()
-    pair = [FORKS.Process(target=one_of_two, args=(rank, port, folder)) for rank in (0, 1)]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join(120)
-    assert [process.exitcode for process in pair] == [0, 0], (folder / "0.log").read_text()[-2000:]
+    in_two_processes(folder / "log.txt", cells_on_two, folder)
     return one, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -283,6 +271,17 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path):
     for name in set(found):
         again = trained(tmp_path / name, tmp_path / name / name, **settings)
         assert again["weight"] == whole["weight"] and again["lines"][-1] == whole["lines"][-1]
+
+
+def test_a_run_is_resumed_once_its_checkpoint_is_accepted(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint-4"
+    trained(tmp_path, save_at=[4])
+    trained(tmp_path, checkpoint)
+    assert "resumed from checkpoint-4" in capsys.readouterr().out
+    (checkpoint / "weight.pt").write_bytes(b"other")
+    with pytest.raises(InputError, match="weight.pt is damaged"):
+        trained(tmp_path, checkpoint)
+    assert "resumed" not in capsys.readouterr().out
 
 
 def test_checkpoints_are_saved_at_steps_that_are_logged(tmp_path):

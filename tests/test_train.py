@@ -1,12 +1,16 @@
 "Training: trained parameters, exact normalisation, interruption, processes, export, faults."
 
+import copy
+import inspect
 import json
+import pickle
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, fields, replace
 
 import pandas as pd
 import pytest
@@ -15,7 +19,7 @@ from conftest import ENVIRONMENT, in_fork, launch, started, train, train_here, t
 from safetensors.torch import load_file
 
 from aligned_mllm.core import InputError, checksum, load_json, sole_owner
-from aligned_mllm.training.config import configured, parsed_setting
+from aligned_mllm.training.config import AlignConfig, configured, parsed_setting
 from aligned_mllm.train import run
 from aligned_mllm.training.run import trainer_of
 from aligned_mllm.training.trainer import TermTrainer
@@ -340,3 +344,20 @@ def test_settings_are_parsed_by_type():
     assert parsed_setting("viral.layers=[1,2]") == ("viral.layers", [1, 2])
     assert parsed_setting("with_images=False") == ("with_images", False)
     assert parsed_setting("viral.teacher=3") == ("viral.teacher", "3")
+
+
+@dataclass
+class WithMore(AlignConfig):
+    more: int = 0
+
+
+def test_an_unknown_setting_names_near_ones_in_python(tmp_path):
+    "The constructor keeps its signature, and a subclass may have fields of its own."
+    with pytest.raises(InputError, match="setting 'save_step'.*save_steps"):
+        AlignConfig(str(tmp_path), use_cpu=True, save_step=3)
+    assert list(inspect.signature(AlignConfig).parameters) == [
+        item.name for item in fields(AlignConfig) if item.init
+    ]
+    config = AlignConfig(str(tmp_path), use_cpu=True, save_steps=30)
+    assert pickle.loads(pickle.dumps(config)).save_steps == copy.copy(config).save_steps == 30
+    assert replace(config, seed=3).seed == 3 and WithMore(str(tmp_path), use_cpu=True, more=2).more == 2

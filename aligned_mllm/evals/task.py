@@ -171,14 +171,11 @@ def main(
     parser = argparse.ArgumentParser(prog=program, description="Score a finished run.")
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--data", required=True, help="a file of records, or a data folder")
-    parser.add_argument(
-        "--records", nargs="+", default=["test.jsonl"], help="what to ask, files below a data folder"
-    )
+    parser.add_argument("--records", default="test.jsonl", help="what to ask, a file below a data folder")
     parser.add_argument("--images", default=None, help="folder of the images; by default that of the data")
     options = parser.parse_args(arguments)
-    for records in options.records:
-        table = score_run(options.run, options.data, records, images=options.images)
-        print(table.round(3).to_string(index=False))
+    table = score_run(options.run, options.data, options.records, images=options.images)
+    print(table.round(3).to_string(index=False))
     return 0
 
 # %% ../../nbs/lib/evals/10_task.ipynb #91b14ae4

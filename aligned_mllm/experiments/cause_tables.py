@@ -30,6 +30,7 @@ from ..training.recipes import recipe
 
 # %% ../../nbs/lib/experiments/35_cause_tables.ipynb #1af9d25a
 def target_features(
+    world: str,  # a name from WORLDS
     arm: Arm,  # with VIRAL's objective
     model: nn.Module,  # a student, for the encoder as teacher
     processor,  # its processor
@@ -37,7 +38,7 @@ def target_features(
     records: Records,  # training records, for the mean at each position
 ) -> Tensor:
     "The targets of an arm on its teacher's own grid: (I, N, D); (1, N, D) for the position mean."
-    settings = world_settings("scenes", 2, arm.stage2)
+    settings = world_settings(world, 2, arm.stage2)
     teacher = teacher_by_name(settings["viral.teacher"], model, processor)
     features = teacher.features(teacher.pixels(images))
     target = settings.get("viral.target", "image")
@@ -68,7 +69,8 @@ def structure_of_arms(
     model, processor = load_model(folder / "seed0" / first / "model")
     arms = [arm for arm in plan.chosen if "viral" in arm.objectives and arm.baseline == first]
     arms = [arm for arm in arms if "viral.stop" not in arm.stage2]
-    features = {arm.name: target_features(arm, model, processor, images, records) for arm in arms}
+    parts = (model, processor, images, records)
+    features = {arm.name: target_features(plan.recipe, arm, *parts) for arm in arms}
     grid = (model.config.vision_config.image_size // model.config.vision_config.patch_size,) * 2
     table = structure_table(features, grid)
     table = table[table.baseline == "unchanged"].rename(columns={"model": "arm"})

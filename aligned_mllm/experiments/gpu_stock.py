@@ -23,12 +23,11 @@ from .benchmark_setup import Options, Shape, batches_of, student_and_teacher
 from aligned_mllm.experiments.gpu_part import (
     card_facts,
     first_that_fits,
-    part_device,
     part_options,
     part_parser,
     save_part,
 )
-from .gpu_speed import run_options, run_shape
+from .gpu_speed import run_setup
 
 # %% ../../nbs/lib/experiments/54_gpu_stock.ipynb #7ba5f1f0
 class StepClock(TrainerCallback):
@@ -106,13 +105,11 @@ def measured_stock(
     tiny: bool,
 ) -> None:
     "Measure the stock Trainer at the largest batch that fits."
-    device = part_device(tiny)
-    shape = run_shape(tiny)
-    options = run_options(device, tiny)
+    shape, options = run_setup(tiny)
 
     def attempt(batch: int) -> pd.DataFrame:
         seconds = stock_seconds(replace(shape, batch=batch), options, warm=1)
-        peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
+        peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else float("nan")
         return pd.DataFrame({"batch": batch, "seconds": seconds, "peak": peak})
 
     _, table, failed = first_that_fits(attempt, [4] if tiny else [16, 8, 4])
@@ -147,12 +144,12 @@ def measured_memory(
     tiny: bool,
 ) -> None:
     "Measure the peak memory of plain and aligned steps at several batches, the largest first."
-    device = part_device(tiny)
     torch._dynamo.config.automatic_dynamic_shapes = False  # each batch gets a program of its own, as in a run
-    options = run_options(device, tiny, steps=1, blocks=1, pictures=1, modes=("plain", "online"))
+    modes = ("plain", "online")
+    shape, options = run_setup(tiny, steps=1, blocks=1, pictures=1, modes=modes)
     sizes = [4, 1] if tiny else [8, 4, 1]
     with tempfile.TemporaryDirectory() as root:
-        bench = bench_of(replace(run_shape(tiny), batch=sizes[0]), options, Path(root))
+        bench = bench_of(replace(shape, batch=sizes[0]), options, Path(root))
     facts = {**card_facts(), "resident MiB": bench.resident}
     table = pd.DataFrame()
     for size in sizes:

@@ -42,6 +42,8 @@ class ExperimentWorld:
     source: str = ""  # in words: the folder that --data names; "" for a world that draws its data
     default_source: str = ""  # the folder that is taken without --data
     one_set: str = ""  # the name of the data folder that all seeds share; "": each has its own
+    run_mib: int = 16  # on the disk: a finished run, with its share of the data
+    training_mib: int = 24  # on the disk: the checkpoints of a run while it trains
 
 # %% ../../nbs/lib/experiments/05_recipes.ipynb #465e824e
 WORLDS: dict[str, ExperimentWorld] = {}  # by the name of its recipe

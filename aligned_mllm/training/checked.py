@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from accelerate.utils import gather_object
 
-from ..core import InputError, load_json, save_json, whole_file
+from ..core import InputError, counted, load_json, save_json, whole_file
 from ..data.check import CUT, Finding, check_samples
 from ..data.collate import Samples
 from ..data.encode import LITERAL_TOKEN
@@ -119,12 +119,14 @@ def prepare_samples(
         path = output / "too_long.csv"
         save_left_out(merged_left_out(path, rows) if resumed else rows, path)
         if rows:
-            print(f"too long and left out: {len(rows)} samples, {path.name} in the run folder", flush=True)
+            said = counted(len(rows), "sample")
+            print(f"too long and left out: {said}, {path.name} in the run folder", flush=True)
     cut = [each.left_out for each in findings if each.kind == CUT]
     if config.process_index == 0 and cut:
         path = output / "cut_answers.csv"
         save_left_out(cut, path)
-        print(f"max_length cuts answers of {len(cut)} samples: {path.name} in the run folder", flush=True)
+        said = counted(len(cut), "sample")
+        print(f"max_length cuts answers of {said}: {path.name} in the run folder", flush=True)
 
 # %% ../../nbs/lib/training/77_checked.ipynb #77c40016
 def left_out_before(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..core import InputError, environment, load_json, save_json
-from ..models.known_parts import part_source
+from ..models.known_parts import part_digest
 from ..models.weights import weights_digest
 from .build import STUDENTS
 from .config import AlignConfig
@@ -50,7 +50,7 @@ def identity_of(
     found["start"] = start_of(config)
     if config.model == "composed":
         parts = [config.vision_tower, config.language_model]
-        found["composed_of"] = [weights_digest(part_source(part)) for part in parts]
+        found["composed_of"] = [part_digest(part) for part in parts]
     found["mixed_precision"] = config.mixed_precision
     batch = config.train_batch_size * config.gradient_accumulation_steps
     found["samples_per_step"] = batch * config.world_size

@@ -8,6 +8,7 @@ __all__ = ['WEIGHTS', 'NOT_FINITE', 'AlignConfig', 'setting_type', 'fits', 'pars
 
 # %% ../../nbs/lib/training/40_config.ipynb #55da00a7
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.collate import TOO_LONG
 from ..models.compose import CHATS
 from ..models.trainable import STAGES
@@ -33,10 +34,27 @@ WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # %% ../../nbs/lib/training/40_config.ipynb #e6ad0c42
 NOT_FINITE = ("raise", "skip_step")  # what may happen to a step whose loss or gradient is not finite
 
+# %% ../../nbs/lib/training/40_config.ipynb #5fe112df
+def _names_checked(
+    kind: type,  # a dataclass of settings
+) -> type:
+    "The same class; its constructor refuses an unknown setting by InputError, with near names."
+    generated = kind.__init__
+
+    @functools.wraps(generated)
+    def checked(self, *arguments, **settings):
+        for key in settings.keys() - {item.name for item in dataclasses.fields(self) if item.init}:
+            setting_type(key)
+        generated(self, *arguments, **settings)
+
+    kind.__init__ = checked
+    return kind
+
 # %% ../../nbs/lib/training/40_config.ipynb #0a9040ad
+@_names_checked
 @dataclass
 class AlignConfig(TrainingArguments):
-    "All settings of one run. Raises InputError for values that do not go together."
+    "All settings of one run. Raises InputError for an unknown one, or values that do not go together."
 
     data: str = setting("", "the data folder; record files and image paths are below it. Or one record file")
     images: str = setting("", "the folder that image paths are below, if it is another one")
@@ -131,9 +149,8 @@ class AlignConfig(TrainingArguments):
             label: dataclasses.asdict(settings_of(label, values)) for label, values in labels.items()
         }
         self.check_types()
-        if self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get(
-            "use_reentrant"
-        ):
+        options = self.activation_checkpointing_kwargs or {}
+        if self.activation_checkpointing and options.get("use_reentrant"):
             # DDP cannot both look for unused weights and recompute blocks; the trainer lets none be unused
             self.ddp_find_unused_parameters = False
         if self.lora_dora and not self.lora_rank:
@@ -249,7 +266,8 @@ def accumulation_of(
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if global_batch_size % (per_device * processes):
         raise InputError(
-            f"a global batch of {global_batch_size} for {processes} processes with {per_device} samples each",
+            f"a global batch of {global_batch_size} for {counted(processes, 'process')} with "
+            f"{counted(per_device, 'sample')} each",
             "a multiple",
             "change per_device_train_batch_size",
         )

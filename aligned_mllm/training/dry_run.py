@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.open import open_texts
 from ..models.trainable import parameter_audit, parts_of
 from ..objectives.base import Objective
@@ -126,7 +126,7 @@ def sample_size(
     words = summarize_records(path)
     longest = visual + math.ceil(words["longest"] / 4)
     length = min(longest, config.max_length) if config.max_length else longest
-    examined = f"4 characters a token, {words['examined']} samples examined"
+    examined = f"4 characters a token, {counted(words['examined'], 'sample')} examined"
     lines |= {
         "text tokens": f"about {words['characters'] / 4:.0f}, {words['answers']:.0%} answers ({examined})",
         "longest": f"about {longest} tokens{', cut to ' + str(length) if length < longest else ''}",
@@ -158,12 +158,12 @@ def step_plan(
     schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
     return {
         "samples": samples or "the records are not there",
-        "a forward pass": f"{batch} samples on each of {processes} processes",
+        "a forward pass": f"{counted(batch, 'sample')} a process, {counted(processes, 'process')}",
         "accumulated": passes,
         "batch": batch * processes * passes,
         "steps": steps,
         "learning rate": rates,
-        "schedule": f"{schedule}, warm-up {warmup:,} steps",
+        "schedule": f"{schedule}, warm-up {counted(warmup, 'step')}",
     }
 
 # %% ../../nbs/lib/training/70_dry_run.ipynb #6867c1be

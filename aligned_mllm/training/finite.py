@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer
 
-from ..core import InputError, whole_file
+from ..core import InputError, counted, whole_file
 
 # %% ../../nbs/lib/training/77_finite.ipynb #f1a70006
 class NotFinite(InputError):
@@ -257,5 +257,5 @@ class FiniteTrainer(Trainer):
             self.save_left_out((self.state.global_step, fault, "", "stopped"))
             raise stop_error(f"after step {self.state.global_step}", fault, row=row)
         if self.left_out and self.is_world_process_zero():
-            print(f"{len(self.left_out)} steps were left out, see {self.not_finite_file}", flush=True)
+            print(f"left out: {counted(len(self.left_out), 'step')}, see {self.not_finite_file}", flush=True)
         return super()._finalize_training(*arguments, **keywords)

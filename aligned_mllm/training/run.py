@@ -18,6 +18,7 @@ from torch import nn
 from aligned_mllm.core import (
     InputError,
     checksum,
+    counted,
     is_hub_id,
     load_json,
     peak_memory,
@@ -76,9 +77,9 @@ def report_parameters(
     save_left_out(left_out, output / "left_out.csv")
     save_repairs(records.repairs, output / "repairs.csv")
     for name, count, first in records.repairs.rows():
-        print(f"{count} records are repaired: {name}, the first at {first}", flush=True)
+        print(f"repaired: {counted(count, 'record')}, {name}, the first at {first}", flush=True)
     if left_out:
-        print(f"{len(left_out)} records are left out, see {output / 'left_out.csv'}", flush=True)
+        print(f"left out: {counted(len(left_out), 'record')}, see {output / 'left_out.csv'}", flush=True)
 
 # %% ../../nbs/lib/training/80_run.ipynb #dec5dbf2
 def teachers_record(
@@ -279,8 +280,6 @@ class AlignTrainer(TermTrainer):
         checkpoint = last_checkpoint(output)
         clock = next(each for each in self.callback_handler.callbacks if isinstance(each, RunFolder))
         clock.before = load_json(checkpoint / WHOLE, needs=("seconds",))["seconds"] if checkpoint else 0.0
-        if checkpoint and self.is_world_process_zero():
-            print(f"resumed from {checkpoint.name}", flush=True)
         trained = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = clock.seconds
         state = self.gathered()

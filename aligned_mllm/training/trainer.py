@@ -163,6 +163,8 @@ class ResumableTrainer(FiniteTrainer):
             )
         if checkpoint:
             require_whole(Path(checkpoint))
+            if self.is_world_process_zero():
+                print(f"resumed from {Path(checkpoint).name}", flush=True)
         return super().train(str(checkpoint) if checkpoint else None, **keywords)
 
     def _get_train_sampler(self, train_dataset=None):
