@@ -142,7 +142,10 @@ def test_a_term_is_finite_and_counted(trial, name):
     assert not any(tensor.requires_grad for tensor in batch["targets"][name].tensors.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+ADDITIVE = [name for name in NAMES if OBJECTIVES[name].additive]
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
 def test_accumulation_is_one_batch(trial, name):
     model, samples, processor = trial(name)
     whole = step(model, [batch_of(samples, processor, range(COUNT))])
@@ -151,6 +154,17 @@ def test_accumulation_is_one_batch(trial, name):
     assert all(abs(whole[0][key] - parts[0][key]) < 1e-5 for key in whole[0])
     assert all((whole[1][key] - parts[1][key]).abs().max() < 1e-5 for key in whole[1])
     assert max(gradient.abs().max() for gradient in whole[1].values()) > 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(ADDITIVE)))
+def test_accumulation_sums_the_terms_of_its_batches(trial, name):
+    "A term that compares samples: each micro-batch has its own, and all are divided by one count."
+    model, samples, processor = trial(name)
+    parts = [batch_of(samples, processor, part) for part in (range(5), range(5, COUNT))]
+    alone = [with_targets([part], model.objectives.values())[0] for part in parts]
+    terms = [model(batch)["terms"][-1] for batch in alone]
+    mean = sum(term.total.item() for term in terms) / sum(term.count for term in terms)
+    assert step(model, parts)[0][name] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -250,7 +264,7 @@ def half(rank: int, name: str, data: str, found: str) -> None:
         save_json({"mean": total.item(), "norm": norm**0.5, "count": counts[-1].item()}, Path(found))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ADDITIVE)
 def test_two_processes_are_one(trial, name, small_data, tmp_path):
     model, samples, processor = trial(name)
     means, gradients = step(model, [batch_of(samples, processor, range(COUNT))])

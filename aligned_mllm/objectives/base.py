@@ -181,6 +181,7 @@ class Objective(nn.Module):
     trial: ClassVar[dict] = {}  # settings with which it can be built for any student, offline: for tests
     stages: ClassVar[tuple[int, ...]] = (1, 2, 3)  # training stages in which it may act
     in_model: ClassVar[bool] = False  # True: its weights are exported with the model
+    additive: ClassVar[bool] = True  # False: samples are compared, so a batch is not the sum of its parts
     taps: tuple[Tap, ...] = ()  # where it reads the student
 
     def __init__(self, weight: float = 1.0, label: str = ""):

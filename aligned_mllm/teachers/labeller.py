@@ -69,6 +69,16 @@ class Labeller:
         return f"{self.space.name}, {self.scorer}"
 
     @property
+    def model(self) -> torch.nn.Module:
+        "Both towers, frozen."
+        return self.space.model
+
+    @property
+    def checksum(self) -> str:
+        "Of the whole model, as loaded."
+        return self.space.checksum
+
+    @property
     def rule(self) -> str:
         "The rule by which labels are chosen, for messages."
         return f"scorer {self.scorer!r} with sign {self.sign:+d} and threshold {self.threshold:g}"

@@ -25,6 +25,7 @@ from ..models.trainable import STAGES, add_lora, parts_of, train_only
 from ..models.residual import add_residual
 from ..models.taps import decoder_layers
 from ..objectives.base import Context, Objective, objective_class
+import aligned_mllm.training.labellers  # noqa: F401  registers exact labels
 from .config import WEIGHTS, AlignConfig
 
 # %% ../../nbs/lib/training/50_build.ipynb #874216e3
