@@ -10,7 +10,13 @@ from accelerate import PartialState
 from browser import free_port
 
 from aligned_mllm.core import load_json, save_json
-from aligned_mllm.objectives.contrastive import chosen_pairs, drawn_words, one_of_each, symmetric_loss, windows_of
+from aligned_mllm.objectives.contrastive import (
+    chosen_pairs,
+    drawn_words,
+    one_of_each,
+    symmetric_loss,
+    windows_of,
+)
 
 
 def reference(tokens: np.ndarray, embeddings: np.ndarray, temperature: float) -> float:
@@ -44,7 +50,9 @@ def test_loss_and_gradients_agree_with_the_definition(temperature):
         moved = [exact.copy() for _ in range(2)]
         moved[0][row, column] += step
         moved[1][row, column] -= step
-        slope = (reference(moved[0], words, temperature) - reference(moved[1], words, temperature)) / (2 * step)
+        slope = (reference(moved[0], words, temperature) - reference(moved[1], words, temperature)) / (
+            2 * step
+        )
         assert tokens.grad[row, column].item() == pytest.approx(slope, abs=1e-4)
     higher = reference(exact, words, temperature * np.exp(-step))
     lower = reference(exact, words, temperature * np.exp(step))
@@ -121,12 +129,16 @@ def test_words_are_drawn_in_proportion_to_their_scores():
     assert torch.allclose(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.01)
 
 
-@pytest.mark.parametrize("grids, size", [([[4, 4]], 2), ([[27, 27]], 2), ([[3, 5], [1, 1], [2, 2]], 3), ([[3, 3]], 1)])
+@pytest.mark.parametrize(
+    "grids, size", [([[4, 4]], 2), ([[27, 27]], 2), ([[3, 5], [1, 1], [2, 2]], 3), ([[3, 3]], 1)]
+)
 def test_each_window_gives_one_patch_by_chance(grids, size):
     grids = torch.tensor(grids)
     windows = windows_of(grids, size)
     assert len(windows) == grids.prod(1).sum()
-    assert windows.max() + 1 == sum(-(-rows // size) * -(-columns // size) for rows, columns in grids.tolist())
+    assert windows.max() + 1 == sum(
+        -(-rows // size) * -(-columns // size) for rows, columns in grids.tolist()
+    )
     eligible = torch.ones(len(windows), dtype=torch.bool)
     counts = torch.zeros(len(windows))
     generator = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ def windows_of(
     grids: Tensor,  # (W, 2) long, rows and columns of each view
     size: int,  # k, patches a side of a window
 ) -> Tensor:
-    "The window of each visual token, numbered over all views: (V,) long. Raises InputError for a size below 1."
+    "The window of each visual token, numbered over all views: (V,) long. Raises InputError for a size of 0."
     if size < 1:
         raise InputError(f"windows of {size} patches", "at least 1", "correct sea.window")
     found = [torch.zeros(0, dtype=torch.long)]
