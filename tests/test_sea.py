@@ -155,8 +155,8 @@ def test_pairs_have_different_words_and_only_patches_that_count():
     words = torch.randint(-1, 6, (50, 3), generator=generator)
     scores = torch.rand(50, 3, generator=generator) * (words >= 0)
     keep = torch.rand(50, generator=generator) < 0.7
-    places, found = chosen_pairs(words, scores, torch.tensor([[5, 10]]), keep, 2, generator)
+    places, found = chosen_pairs(words, scores, torch.tensor([[5, 10]]), keep, 2, generator=generator)
     assert len(places) == len(found) == len(set(found.tolist())) > 2
     assert keep[places].all() and all(word in words[place] for place, word in zip(places, found))
-    none = chosen_pairs(words, 0 * scores, torch.tensor([[5, 10]]), keep, 2, generator)
+    none = chosen_pairs(words, 0 * scores, torch.tensor([[5, 10]]), keep, 2, generator=generator)
     assert len(none[0]) == len(none[1]) == 0

@@ -65,14 +65,15 @@ def chosen_pairs(
     grids: Tensor,  # (W, 2) long, rows and columns of each view
     keep: Tensor,  # (V,) bool, False: shows only padding
     window: int = 2,  # patches a side of a window
+    one_a_word: bool = True,  # False keeps all pairs of a word
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(indices of the visual tokens that a step uses, (N,) long; their words, (N,) long, all different).
+    """(indices of the visual tokens that a step uses, (N,) long; their words, (N,) long).
     Windows choose among their patches that have a word."""
     drawn = drawn_words(words, scores, generator)
     chosen = one_of_each(windows_of(grids, window), keep & (drawn >= 0), generator)
-    groups = drawn.clamp(min=0)
-    chosen = one_of_each(groups, chosen, generator)
+    if one_a_word:
+        chosen = one_of_each(drawn.clamp(min=0), chosen, generator)
     places = chosen.nonzero()[:, 0]
     return places, drawn[places]
 
@@ -80,7 +81,7 @@ def chosen_pairs(
 def symmetric_loss(
     tokens: Tensor,  # (N, D), visual tokens
     embeddings: Tensor,  # (N, D), of their words
-    words: Tensor,  # (N,) long, numbers of the words, all different
+    words: Tensor,  # (N,) long, numbers of the words
     log_scale: Tensor,  # scalar, log(1 / temperature)
     gathered: bool = False,  # True: negatives from all processes, every one of which must call this
 ) -> Tensor:

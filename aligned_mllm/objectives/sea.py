@@ -47,6 +47,7 @@ class Sea:
     threshold: float = setting(0.0, "labels with a lower score are dropped")
     most_unlabelled: float = setting(0.5, "largest share of patches without a label; above it, a run stops")
     window: int = setting(2, "one patch of so many by so many is used in a step")
+    one_a_word: bool = setting(True, "false keeps all pairs of a word; they are not compared with each other")
     temperature: float = setting(1.0, "of the softmax; where learnable, its start")
     learnable: bool = setting(True, "false keeps the temperature")
     vectors: str = setting("input", "'input': a word's embedding; 'context': its states at vectors_layer")
@@ -232,7 +233,8 @@ class SeaLoss(Objective):
         keep = torch.cat([shows_picture(view.box, view.grid) for view in views])
         generator = self.generator(batch)
         grids = batch["grids"].cpu()
-        places, words = chosen_pairs(*labels, grids, keep, self.settings.window, generator)
+        choice = (self.settings.window, self.settings.one_a_word, generator)
+        places, words = chosen_pairs(*labels, grids, keep, *choice)
         if not len(places):
             return None
         if self.settings.target == "shuffled":
