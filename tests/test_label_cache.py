@@ -28,6 +28,7 @@ from aligned_mllm.teachers.joint_space import JointSpace, tiny_joint_space
 from aligned_mllm.teachers.label_cache import LabelCache, PackedLabels, view_geometry
 from aligned_mllm.teachers.labeller import Labeller
 from aligned_mllm.teachers.patch_labels import Labels
+from aligned_mllm.teachers.pixels import shows_picture
 from aligned_mllm.teachers.targets import BatchView, views_in
 from aligned_mllm.teachers.vision import load_teacher
 from aligned_mllm.teachers.words import TEMPLATES, WordList
@@ -204,7 +205,10 @@ def test_the_views_labelled_ahead_are_those_of_training(labeller, pictures, tmp_
     views = views_in(batch)
     ready = CachedLabels(labeller, 0, cache, pictures, complete=True)
     assert ready.pixels_of_view is None
-    assert same(ready.labels(views), rounded(labeller.labels(views, batch["view_pixels"]["sea"])))
+    labels = labeller.labels(views, batch["view_pixels"]["sea"])
+    assert same(ready.labels(views), rounded(labels))
+    shown = torch.cat([shows_picture(view.box, view.grid) for view in views])
+    assert report["without_label"] == pytest.approx(labels.empty[shown].float().mean().item(), abs=1e-6)
     assert report["views"] == len(views) and report["patches"] == sum(a * b for _, _, (a, b) in views)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PackedLabels', 'view_geometry', 'LabelCache']
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #082854b6
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #694a9371
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from ..core import InputError, load_json
 from .cache import ContentStore, require_equal, save_tensors
 from .patch_labels import Labels
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #d19fa337
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #313efb4c
 class PackedLabels(NamedTuple):
     "The labels of V patches without gaps."
 
@@ -71,14 +71,14 @@ class PackedLabels(NamedTuple):
             value = zlib.crc32(each.contiguous().numpy(), value)
         return value
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #ace93ff7
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #223fa4ed
 _GEOMETRY = (
     "size crop_size do_resize do_center_crop do_pad patch_size merge_size max_image_size "
-    "image_grid_pinpoints crop_to_patches min_patches max_patches do_image_splitting num_image_tokens image_seq_length "
-    "image_seq_len"
+    "image_grid_pinpoints crop_to_patches min_patches max_patches do_image_splitting num_image_tokens "
+    "image_seq_length image_seq_len"
 ).split()
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #672a365b
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #c9c04a5a
 def view_geometry(
     processor,  # of a student: a family in data.views.LAYOUTS
 ) -> dict:
@@ -90,13 +90,13 @@ def view_geometry(
                 found[f"{owner}.{name}"] = json.loads(json.dumps(value, default=dict))
     return found
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #b57f31d8
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #d7660265
 _VIEWS = 1024  # in a shard
 _SECONDS = 60.0  # finished labels wait no longer before they are written
 _INDEX = ["keys", "first_patch", "first_label", "checksums"]
 _LABELS = ["counts", "words", "scores"]
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #201e7e5a
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #1549dd50
 def _index_checksum(tensors: dict[str, Tensor]) -> str:
     "CRC-32 of a shard's index."
     value = 0
@@ -104,7 +104,7 @@ def _index_checksum(tensors: dict[str, Tensor]) -> str:
         value = zlib.crc32(tensors[name].contiguous().numpy(), value)
     return str(value)
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #98cf40ea
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #0943dde3
 def _write_shard(
     folder: Path,
     waiting: dict[bytes, PackedLabels],  # by key; emptied
@@ -126,7 +126,7 @@ def _write_shard(
     save_tensors(tensors, path, {"origin": origin, "index": _index_checksum(tensors)})
     return path
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #39e65890
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #99e9ceac
 def _require_label_folder(folder: Path) -> None:
     "Raise InputError for a folder that exists and is not a cache of labels."
     expected = "a cache of labels, or a new folder"
@@ -140,7 +140,7 @@ def _require_label_folder(folder: Path) -> None:
         kind = load_json(note, needs=()).get("cache", "features")
         require_equal({"cache": kind}, {"cache": "labels"}, f"{folder}", "choose another folder")
 
-# %% ../../nbs/lib/teachers/62_label_cache.ipynb #0ed50545
+# %% ../../nbs/lib/teachers/62_label_cache.ipynb #2b5433a0
 class LabelCache(ContentStore):
     """Labels on disk, by content of the image, box and grid. A folder belongs to one labeller and to one
     student's geometry. Raises InputError for the folder of another one, and for a damaged shard."""
