@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEA_TARGETS', 'MOST_SCALE', 'Sea', 'words_for', 'WordVectors', 'vectors_for', 'labels_of_partners',
-           'share_without_label', 'SeaLoss']
+           'share_without_label', 'kept_labels', 'SeaLoss']
 
 # %% ../../nbs/lib/objectives/40_sea.ipynb #db8c025c
 import hashlib
@@ -21,6 +21,8 @@ from ..models.taps import check_layers
 from ..models.word_vectors import context_vectors, input_vectors, word_tokens
 from .base import Context, Objective, Tap, Target, Term, register, setting
 from .contrastive import chosen_pairs, symmetric_loss
+from ..teachers.cached_labels import CachedLabels
+from ..teachers.label_cache import LabelCache
 from ..teachers.labeller import require_labelled
 from ..teachers.labels_by_name import LABELLERS, LabelRequest, labeller_by_name
 from ..teachers.patch_labels import Labels, patches_at_centres
@@ -54,6 +56,7 @@ class Sea:
     vectors: str = setting("input", "'input': a word's embedding; 'context': its states at vectors_layer")
     vectors_layer: int = setting(-1, "for 'context': the output of that block; by default the middle one")
     negatives: str = setting("device", "'device', or 'all': the pairs of all processes")
+    label_cache: str = setting("", "a folder that keeps the labels from run to run")
 
     def __post_init__(self):
         known = {
@@ -161,6 +164,25 @@ def share_without_label(
     batch = Collator(0)([samples[index] for index in first[:pictures]])
     return require_labelled(labeller, views_in(batch), batch.get("view_pixels", {}).get("tried"), most)
 
+# %% ../../nbs/lib/objectives/40_sea.ipynb #7cb2186d
+def kept_labels(
+    labeller,  # with `labels`, such as a Labeller
+    settings: Sea,
+    context: Context,  # with records
+) -> CachedLabels:
+    """The same labels, each view's made once. Raises InputError for a folder with other labels, or for
+    pictures that are no files."""
+    folder = context.records.image_folder
+    if settings.label_cache and folder is None:
+        raise InputError(
+            "sea.label_cache for pictures inside a data set",
+            "image files, as the cache knows an image by its file",
+            "leave label_cache out, or save the pictures as files",
+        )
+    disk = LabelCache(settings.label_cache, labeller, context.processor) if settings.label_cache else None
+    links = getattr(context.records, "follow_links", False)
+    return CachedLabels(labeller, disk=disk, image_folder=folder, follow_links=links)
+
 # %% ../../nbs/lib/objectives/40_sea.ipynb #1da192c0
 MOST_SCALE = 1000.0  # 1 / temperature, at most
 
@@ -209,13 +231,14 @@ class SeaLoss(Objective):
         labeller = labeller_by_name(settings.labels, request)
         vectors = vectors_for(labeller.words, settings, context)
         share_without_label(labeller, context, settings.most_unlabelled)
-        return cls(labeller, vectors, settings, context.seed)
+        return cls(kept_labels(labeller, settings, context), vectors, settings, context.seed)
 
     def view_pixels(self) -> Callable[..., Tensor] | None:
         return self.labeller and self.labeller.pixels_of_view
 
     def teachers(self) -> list:
-        return [self.labeller] if hasattr(self.labeller, "model") else []
+        own = getattr(self.labeller, "labeller", None)
+        return [own] if hasattr(own, "model") else []
 
     @property
     def gathered(self) -> bool:
