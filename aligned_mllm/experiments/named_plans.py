@@ -27,8 +27,8 @@ CAUSES = {
 # %% ../../nbs/lib/experiments/28_named_plans.ipynb #27c67f67
 SEA_PLAN = {
     "arms": (
-        *("plain", "sea", "sea_other_image", "sea_shuffled", "sea_all_pairs", "sea_context"),
-        *("viral", "sea_viral", "plain_eighth", "sea_eighth"),
+        *("plain", "sea", "sea_other_image", "sea_shuffled", "sea_temperature0.07", "sea_context"),
+        *("sea_pairs", "sea_pairs_other_image", "viral", "sea_viral", "plain_eighth", "sea_eighth"),
     ),
     "seeds": 5,
 }
