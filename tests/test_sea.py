@@ -20,6 +20,7 @@ from aligned_mllm.objectives.contrastive import (
 )
 
 from aligned_mllm.teachers.words import WordList
+from aligned_mllm.train import main as train
 from aligned_mllm.training.config import configured
 from aligned_mllm.training.run import run, trainer_of
 from aligned_mllm.worlds.small_models import embedded_model
@@ -242,3 +243,23 @@ def test_words_that_the_language_model_does_not_know(small_data, tmp_path):
     settings = {**FEW, "sea.labels": "random", "sea.words": str(tmp_path / "words.txt")}
     with pytest.raises(InputError, match="zeppelin"):
         run("scenes_stage1", small_data, tmp_path / "run", settings)
+
+
+def test_labels_are_made_ahead_by_the_command(small_data, tmp_path, capsys):
+    words = ["--recipe", "scenes_stage1", "--data", str(small_data), "--prepare", "--set", "use_cpu=true"]
+    for setting in ("sea.labels=exact", "sea.most_unlabelled=1.0", f"sea.label_cache={tmp_path / 'labels'}"):
+        words += ["--set", setting]
+    assert train(words) == 0 and train(words) == 0
+    first, again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sea:")]
+    assert "'labelled': 0" in again and "'labelled': 0" not in first
+    trainer = trainer_of(
+        configured(
+            "scenes_stage1",
+            small_data,
+            tmp_path / "run",
+            {**FEW, **EXACT, "sea.label_cache": str(tmp_path / "labels")},
+        )
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.model.objectives["sea"].targets([batch])[0].count > 1
+    assert trainer.model.objectives["sea"].labeller.labelled == 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEA_TARGETS', 'MOST_SCALE', 'Sea', 'words_for', 'WordVectors', 'vectors_for', 'labels_of_partners',
-           'share_without_label', 'kept_labels', 'SeaLoss']
+           'share_without_label', 'labeller_for', 'kept_labels', 'SeaLoss']
 
 # %% ../../nbs/lib/objectives/40_sea.ipynb #db8c025c
 import hashlib
@@ -21,7 +21,7 @@ from ..models.taps import check_layers
 from ..models.word_vectors import context_vectors, input_vectors, word_tokens
 from .base import Context, Objective, Tap, Target, Term, register, setting
 from .contrastive import chosen_pairs, symmetric_loss
-from ..teachers.cached_labels import CachedLabels
+from ..teachers.cached_labels import CachedLabels, label_records
 from ..teachers.label_cache import LabelCache
 from ..teachers.labeller import require_labelled
 from ..teachers.labels_by_name import LABELLERS, LabelRequest, labeller_by_name
@@ -164,6 +164,24 @@ def share_without_label(
     batch = Collator(0)([samples[index] for index in first[:pictures]])
     return require_labelled(labeller, views_in(batch), batch.get("view_pixels", {}).get("tried"), most)
 
+# %% ../../nbs/lib/objectives/40_sea.ipynb #fe2401f0
+def labeller_for(
+    settings: Sea,
+    context: Context,  # with records
+):
+    "The source of labels that the settings name. Raises InputError for labels or words that cannot be had."
+    request = LabelRequest(
+        words_for(settings.words, context),
+        context.records,
+        settings.scorer,
+        settings.top,
+        settings.threshold,
+        context.dtype,
+        context.device,
+        context.seed,
+    )
+    return labeller_by_name(settings.labels, request)
+
 # %% ../../nbs/lib/objectives/40_sea.ipynb #7cb2186d
 def kept_labels(
     labeller,  # with `labels`, such as a Labeller
@@ -218,20 +236,19 @@ class SeaLoss(Objective):
         get no label."""
         if context.records is None:  # a dry run
             return cls(None, None, settings)
-        request = LabelRequest(
-            words_for(settings.words, context),
-            context.records,
-            settings.scorer,
-            settings.top,
-            settings.threshold,
-            context.dtype,
-            context.device,
-            context.seed,
-        )
-        labeller = labeller_by_name(settings.labels, request)
+        labeller = labeller_for(settings, context)
         vectors = vectors_for(labeller.words, settings, context)
         share_without_label(labeller, context, settings.most_unlabelled)
         return cls(kept_labels(labeller, settings, context), vectors, settings, context.seed)
+
+    @classmethod
+    def prepare(cls, settings: Sea, context: Context) -> dict:
+        "Label all training pictures into label_cache. Raises InputError without that setting."
+        if not settings.label_cache:
+            raise InputError("labels ahead of training", "a folder for them", "set sea.label_cache=FOLDER")
+        labeller = labeller_for(settings, context)
+        cache = LabelCache(settings.label_cache, labeller, context.processor)
+        return label_records(context.records, cache, settings.most_unlabelled)
 
     def view_pixels(self) -> Callable[..., Tensor] | None:
         return self.labeller and self.labeller.pixels_of_view
