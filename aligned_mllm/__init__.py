@@ -14,6 +14,7 @@ NAMES = {  # name: its module
     "AlignConfig": "training.config",
     "AlignTrainer": "training.run",
     "Viral": "objectives.viral",
+    "Sea": "objectives.sea",
     "Objective": "objectives.base",
     "Tap": "objectives.base",
     "Target": "objectives.base",

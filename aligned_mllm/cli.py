@@ -16,11 +16,13 @@ from .core import InputError, command
 
 # %% ../nbs/lib/30_cli.ipynb #2c735f7d
 def every_arm() -> tuple[str, ...]:
-    "The arms of --full: all but the blind one, which is always run, and those of `cause_arms`."
+    "The arms of --full: all but the blind one, which is always run, and those that named plans alone have."
     from aligned_mllm.experiments.arms import ARMS
     from aligned_mllm.experiments.cause_arms import CAUSE_ARMS
+    from aligned_mllm.experiments.sea_arms import SEA_ARMS
 
-    return tuple(arm for arm in ARMS if arm not in ("blind", *CAUSE_ARMS))
+    others = ("blind", *CAUSE_ARMS, *(arm.name for arm in SEA_ARMS))
+    return tuple(arm for arm in ARMS if arm not in others)
 
 # %% ../nbs/lib/30_cli.ipynb #2ef4ec95
 def _add_experiment_options(
@@ -36,7 +38,11 @@ def _add_experiment_options(
     job.add_argument(
         "--data", default="", help="the folder of an NLVR clone, or, for --recipe desk, of cut-outs of yours"
     )
-    job.add_argument("--plan", default="", help="a named plan: 'causes' takes VIRAL's gain apart (hours)")
+    job.add_argument(
+        "--plan",
+        default="",
+        help="a named plan: 'causes' takes VIRAL's gain apart (hours), 'sea' compares SEA with its controls",
+    )
     job.add_argument("--seeds", type=int, default=None, help="how many (default: 3; with --quick 1)")
     job.add_argument(
         "--workers", type=int, default=0, help="runs at a time (default: one per core; on a GPU one)"

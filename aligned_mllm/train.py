@@ -19,6 +19,7 @@ from .core import InputError, command
 from .training.config import configured, parsed_setting
 from .training.dry_run import dry_run
 from .training.estimate import as_text
+from .training.prepare import prepare
 from .training.run import run, smoke_test
 from .training.run_folder import last_checkpoint
 
@@ -54,6 +55,8 @@ def argument_parser(
     parser.add_argument("--output", default="", help="run folder")
     parser.add_argument("--dry-run", action="store_true", help="report what a run would do")
     parser.add_argument("--tiny", action="store_true", help="both stages in small, offline, in seconds")
+    ahead = "make what objectives keep on disk, such as labels, and train nothing"
+    parser.add_argument("--prepare", action="store_true", help=ahead)
     repeatable = {"action": "append", "default": []}
     parser.add_argument("--set", metavar="KEY=VALUE", help="change a setting; repeatable", **repeatable)
     parser.add_argument("--import", dest="files", metavar="FILE.py", help="run it first", **repeatable)
@@ -81,8 +84,10 @@ def main(
     "Entry of `accelerate launch -m aligned_mllm.train`. One clear message and exit status 2 for bad input."
     parser = argument_parser(program)
     options = parser.parse_args(arguments)
-    if not (options.dry_run or options.output) or not (options.dry_run or options.tiny or options.data):
-        parser.error("--data and --output are needed, except with --dry-run (neither) and --tiny (--output)")
+    without_data = options.dry_run or options.tiny
+    if not (options.dry_run or options.prepare or options.output) or not (without_data or options.data):
+        expected = "except with --dry-run (neither), --prepare (--data) and --tiny (--output)"
+        parser.error(f"--data and --output are needed, {expected}")
     try:
         for file in options.files:
             import_file(file)
@@ -93,6 +98,9 @@ def main(
             print(as_text(dry_run(options.recipe, config, settings)))
         elif options.tiny:
             smoke_test(options.recipe, options.output, settings)
+        elif options.prepare:
+            for label, facts in prepare(options.recipe, options.data, settings).items():
+                print(f"{label}: {facts or 'nothing to prepare'}")
         else:
             run(options.recipe, options.data, options.output, settings)
     except (OSError, SafetensorError) as error:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from browser import free_port
 
-from aligned_mllm.core import load_json, save_json
+from aligned_mllm import AlignConfig, AlignTrainer, Sea
+from aligned_mllm.core import InputError, data_folder, load_json, save_json
 from aligned_mllm.objectives.contrastive import (
     chosen_pairs,
     drawn_words,
@@ -17,6 +18,14 @@ from aligned_mllm.objectives.contrastive import (
     symmetric_loss,
     windows_of,
 )
+
+from aligned_mllm.teachers.words import WordList
+from aligned_mllm.train import main as train
+from aligned_mllm.training.config import configured
+from aligned_mllm.training.run import run, trainer_of
+from aligned_mllm.worlds.small_models import embedded_model
+
+FEW = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "use_cpu": True, "disable_tqdm": True}
 
 
 def reference(tokens: np.ndarray, embeddings: np.ndarray, temperature: float) -> float:
@@ -160,3 +169,97 @@ def test_pairs_have_different_words_and_only_patches_that_count():
     assert keep[places].all() and all(word in words[place] for place, word in zip(places, found))
     none = chosen_pairs(words, 0 * scores, torch.tensor([[5, 10]]), keep, 2, generator=generator)
     assert len(none[0]) == len(none[1]) == 0
+
+
+def test_sea_in_eight_lines(small_data, tmp_path):
+    "A model, the records, labels by a model with random weights: which is frozen, checked and recorded."
+    model, processor = embedded_model(data_folder() / "parts")
+    args = AlignConfig(str(tmp_path / "run"), stage=1, report_to="none", **FEW)
+    objectives = [Sea(labels="random", most_unlabelled=1.0, label_cache=str(tmp_path / "labels"))]
+    trainer = AlignTrainer(model, args, small_data / "captions.jsonl", objectives, processing_class=processor)
+    before = model.model.multi_modal_projector.linear_1.weight.clone()
+    trainer.train()
+    record = load_json(tmp_path / "run" / "teachers.json")["sea"]
+    assert record["before"] == record["after"] and "random" in record["name"]
+    assert "loss_sea" in (tmp_path / "run" / "curves.csv").read_text(encoding="utf-8")
+    assert not before.equal(model.model.multi_modal_projector.linear_1.weight)
+    assert list((tmp_path / "labels").iterdir())
+
+
+EXACT = {"sea.labels": "exact", "sea.most_unlabelled": 1.0}
+
+
+def tokens_and_words(small_data, output, **more) -> tuple[list[str], torch.Tensor]:
+    "The words of the pairs of a first batch, and the places of their visual tokens."
+    settings = {**FEW, **EXACT, "per_device_train_batch_size": 8, "sea.one_a_word": False, **more}
+    trainer = trainer_of(configured("scenes_stage1", small_data, output, settings))
+    batch = next(iter(trainer.get_train_dataloader()))
+    objective = trainer.model.objectives["sea"]
+    (target,) = objective.targets([batch])
+    (again,) = objective.targets([batch])
+    assert again["words"].equal(target["words"]) and again["places"].equal(target["places"])
+    return [objective.labeller.words.words[word] for word in target["words"]], target["places"]
+
+
+def test_controls_keep_what_they_should(small_data, tmp_path):
+    words, places = tokens_and_words(small_data, tmp_path / "own")
+    shuffled, same = tokens_and_words(small_data, tmp_path / "two", **{"sea.target": "shuffled"})
+    assert sorted(shuffled) == sorted(words) and shuffled != words and same.equal(places)
+    other, places_of_other = tokens_and_words(small_data, tmp_path / "three", **{"sea.target": "other_image"})
+    assert not places_of_other.equal(places)
+
+
+def test_without_a_text_loss_the_language_model_does_not_run(small_data, tmp_path):
+    calls = []
+    config = configured("scenes_stage1", small_data, tmp_path / "run", {**FEW, **EXACT, "text.weight": 0.0})
+    trainer = trainer_of(config)
+    decoder = trainer.model.student.get_decoder()
+    decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert not calls
+    curves = (tmp_path / "run" / "curves.csv").read_text(encoding="utf-8")
+    assert "loss_sea" in curves
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"sea.labels": ""}, "without labels"),
+        ({"sea.labels": "./nowhere"}, "no CLIP or SigLIP"),
+        ({"sea.temperature": 0.0}, "temperature"),
+        ({"sea.words": "nowhere.txt"}, "cannot be read"),
+        ({"sea.target": "wrong"}, "sea.target"),
+        ({"sea.vectors": "context", "sea.vectors_layer": 99}, "layers"),
+        ({"sea.labels": "random", "sea.most_unlabelled": 0.5, "sea.threshold": 0.99}, "have no label"),
+    ],
+)
+def test_bad_settings_are_one_message_before_the_first_step(settings, message, small_data, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run("scenes_stage1", small_data, tmp_path / "run", {**FEW, **EXACT, **settings})
+
+
+def test_words_that_the_language_model_does_not_know(small_data, tmp_path):
+    WordList(("circle", "zeppelin")).save(tmp_path / "words.txt")
+    settings = {**FEW, "sea.labels": "random", "sea.words": str(tmp_path / "words.txt")}
+    with pytest.raises(InputError, match="zeppelin"):
+        run("scenes_stage1", small_data, tmp_path / "run", settings)
+
+
+def test_labels_are_made_ahead_by_the_command(small_data, tmp_path, capsys):
+    words = ["--recipe", "scenes_stage1", "--data", str(small_data), "--prepare", "--set", "use_cpu=true"]
+    for setting in ("sea.labels=exact", "sea.most_unlabelled=1.0", f"sea.label_cache={tmp_path / 'labels'}"):
+        words += ["--set", setting]
+    assert train(words) == 0 and train(words) == 0
+    first, again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sea:")]
+    assert "'labelled': 0" in again and "'labelled': 0" not in first
+    trainer = trainer_of(
+        configured(
+            "scenes_stage1",
+            small_data,
+            tmp_path / "run",
+            {**FEW, **EXACT, "sea.label_cache": str(tmp_path / "labels")},
+        )
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.model.objectives["sea"].targets([batch])[0].count > 1
+    assert trainer.model.objectives["sea"].labeller.labelled == 0

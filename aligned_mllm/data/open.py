@@ -128,6 +128,7 @@ class KeptRecords(ChosenRecords):
         self.indices = list(indices)
         self.digest = records.digest
         self.image_folder = records.image_folder
+        self.follow_links = getattr(records, "follow_links", False)
         self.repair = records.repair
         self.repairs = records.repairs
         self.left_out = list(records.left_out)

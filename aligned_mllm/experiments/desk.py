@@ -60,7 +60,10 @@ DESK_STAGES = {
 }
 
 # %% ../../nbs/lib/experiments/07_desk.ipynb #cff0e4e1
-DESK_OBJECTIVES = {"viral": {"viral.hidden": 576, "viral.layers": [15], "viral.teacher": "augnet"}}
+DESK_OBJECTIVES = {
+    "viral": {"viral.hidden": 576, "viral.layers": [15], "viral.teacher": "augnet"},
+    "sea": {"sea.labels": "exact", "sea.most_unlabelled": 1.0},
+}
 
 # %% ../../nbs/lib/experiments/07_desk.ipynb #5b908046
 @lru_cache(2)

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..core import InputError, data_folder, load_json
 from ..data.records import Records
 import aligned_mllm.experiments.cause_arms  # noqa: F401  registers more arms
+import aligned_mllm.experiments.sea_arms  # noqa: F401  the same
 from .arms import ARMS
 from ..training.build import STUDENTS, StudentSource
 from ..training.config import AlignConfig
@@ -64,7 +65,10 @@ SMALL = {
     "save_steps": 200,
     "save_total_limit": 2,
 }
-SMALL_OBJECTIVES = {"viral": {"viral.hidden": 128, "viral.layers": [3], "viral.teacher": "dense"}}
+SMALL_OBJECTIVES = {
+    "viral": {"viral.hidden": 128, "viral.layers": [3], "viral.teacher": "dense"},
+    "sea": {"sea.labels": "exact", "sea.most_unlabelled": 1.0},  # most patches are background
+}
 QUICK_SETTINGS = {
     "settings": {"max_steps": 30, "eval_steps": 10, "logging_steps": 5, "save_steps": 10},
     "stage1": {"max_steps": 20, "logging_steps": 5, "save_steps": 10},

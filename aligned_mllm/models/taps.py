@@ -92,6 +92,10 @@ def at_positions(
 FINAL = "final"  # the state after the final norm: the input of the language-model head
 
 # %% ../../nbs/lib/models/20_taps.ipynb #9b5f73f7
+class _Stop(Exception):
+    "Ends a forward pass behind its last tapped layer."
+
+
 class Taps:
     """A context in which forward passes store the states of chosen layers: `with Taps(model, [3]) as taps:
     model(...); taps.states(3)`. Raises InputError for a layer that does not exist."""
@@ -100,6 +104,7 @@ class Taps:
         self,
         model: nn.Module,  # an image-text-to-text model
         layers: Sequence[int | str],  # 0: the LLM's input; k: after block k; FINAL: after the final norm
+        stop: bool = False,  # True: a forward pass ends behind the last of them, and returns nothing
     ):
         self.blocks = decoder_layers(model)
         numbers = [layer for layer in layers if layer != FINAL]
@@ -108,6 +113,7 @@ class Taps:
         if FINAL in layers:
             self.layers.append(FINAL)
             self.norm = final_norm(model)
+        self.stop = stop
         self.stored = {}
         self.hooks = []
         self.wants_gradient = False
@@ -116,20 +122,25 @@ class Taps:
         self.stored.clear()
         for layer in self.layers:
             module = self.norm if layer == FINAL else self.blocks[max(layer - 1, 0)]
-            self.hooks.append(module.register_forward_hook(partial(self.store, layer), with_kwargs=True))
+            before = self.stop and layer == 0
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            self.hooks.append(register(partial(self.store, layer), with_kwargs=True))
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        return kind is _Stop
 
-    def store(self, layer: int | str, _, arguments, keywords, output) -> None:
+    def store(self, layer: int | str, _, arguments, keywords, output=None) -> None:
         "The hook of a module: store its input (layer 0) or its output."
         if layer == 0:
             output = arguments or keywords["hidden_states"]
         self.stored[layer] = output[0] if isinstance(output, tuple) else output
         self.wants_gradient = torch.is_grad_enabled()
+        if self.stop and layer == self.layers[-1]:
+            raise _Stop
 
     def states(self, layer: int | str, mask: Tensor | None = None) -> Tensor:
         """States of the last forward pass, (B, S, D), or (n, D) where mask (B, S) is true. Raises InputError

@@ -196,6 +196,12 @@ class Objective(nn.Module):
         "The objective for a student. Raises InputError for settings that do not fit it."
         raise NotImplementedError(f"{cls.__name__}.build")
 
+    @classmethod
+    def prepare(cls, settings, context: Context) -> dict[str, Any]:
+        """Work that can be done ahead of training and is kept on disk; returns what was done, by name.
+        Nothing by default."""
+        return {}
+
     def targets(self, batches: list[dict]) -> list[Target | None]:
         "A target for each micro-batch of a step, without gradient; None where there is nothing to compare."
         raise NotImplementedError(f"{type(self).__name__}.targets")

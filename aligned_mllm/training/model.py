@@ -68,13 +68,15 @@ class AlignedModel(nn.Module):
 
     def forward(self, batch: dict) -> dict:
         """`terms`: the terms of a batch with `targets` (see `with_targets`); none for a batch without.
-        `logits`: (T, vocabulary) at the T supervised positions."""
+        `logits`: (T, vocabulary) at the T supervised positions; None where no term needs them."""
         blank = 0
         if self.blank_images and "pixel_values" not in batch:
             blank = blank_image(self.student)
         targets = batch.get("targets")
         taps = {tap for label in targets or () for tap in self.objectives[label].taps} - {LOGITS}
-        reading = Taps(self.student, [tap.layer for tap in taps]) if taps else nullcontext()
+        stop = bool(taps) and not self.needs_logits(targets)
+        reading = Taps(self.student, [tap.layer for tap in taps], stop) if taps else nullcontext()
+        logits = None
         with reading as layers:
             logits = self.logits(batch)
         states = {tap: layers.states(tap.layer, POSITIONS[tap.positions](batch)) for tap in taps}
@@ -83,11 +85,19 @@ class AlignedModel(nn.Module):
             terms[0].total = terms[0].total + blank
         return {"terms": terms, "logits": logits}
 
+    def needs_logits(self, targets: dict) -> bool:
+        "Whether a term on the logits counts; otherwise no block behind the last tap has to run."
+        reading = [self.objectives[label] for label in targets if LOGITS in self.objectives[label].taps]
+        return any(objective.current_weight for objective in reading)
+
     def terms(self, states: dict[Tap, Tensor], targets: dict) -> list:
-        """The term of every objective; an empty one where this batch has no target, so that all
+        """The term of every objective; an empty one where this batch has no target or no logits, so that all
         processes' graphs agree."""
+        missing = LOGITS if states[LOGITS] is None else None
         return [
-            objective(states, targets[label]) if label in targets else objective.empty()
+            objective(states, targets[label])
+            if label in targets and missing not in objective.taps
+            else objective.empty()
             for label, objective in self.objectives.items()
         ]
 
