@@ -20,13 +20,22 @@ from aligned_mllm.data.records import Records
 from aligned_mllm.training.estimate import summarize_records
 from aligned_mllm.models.compose import CHATS, composed_model, in_form
 from aligned_mllm.models.load import load_model
+from aligned_mllm.objectives.sea import Sea
+from aligned_mllm.training.llava_stages import FULL_STAGE2, STAGE1
+from aligned_mllm.training.papers.sea import BOOK as SEA_BOOK, SEA_RECIPES, SEA_STARTS
 from aligned_mllm.training.papers.viral import ROWS, paper_recipe, paper_recipe_names, sources_of, stage1_of
 from aligned_mllm.training.dry_run import dry_run
 from aligned_mllm.training.smoke_test import tiny_data, tiny_settings
-from aligned_mllm.training.config import configured
+from aligned_mllm.models.trainable import parameters_by_part
+from aligned_mllm.objectives.text import TextLoss
+from aligned_mllm.training.build import student_of
+from aligned_mllm.training.config import configured, part_rates
+from aligned_mllm.training.model import AlignedModel
 from aligned_mllm.training.published import PUBLISHED
+from aligned_mllm.training.recipes import recipe
 from aligned_mllm.train import main
 from aligned_mllm.training.run import smoke_test
+from aligned_mllm.training.trainer import TermTrainer
 
 FEW = {"use_cpu": True, "max_steps": 2}
 ALL_ROWS = bool(os.environ.get("ALL_ROWS"))  # every row, in two minutes; otherwise those that differ in kind
@@ -48,6 +57,49 @@ REHEARSED = (
     "table4_e_projected",
     "table5_relation",
     "table5_layers14to18",
+)
+
+
+SEA_MODELS = {
+    "vicuna7b": ("lmsys/vicuna-7b-v1.5", 6_738_415_616, 4096),
+    "gemma2b": ("google/gemma-2b", 2_506_172_416, 2048),
+    "phi3": ("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552, 3072),
+    "llama3": ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, 4096),
+    "vicuna13b": ("lmsys/vicuna-13b-v1.5", 13_015_864_320, 5120),
+}  # hub id, parameters as published, width
+SEA_EYES = {  # hub id; whose labels; width of the features, grid, pairs a picture
+    "clip": ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14-336", 1024, 24, 144),
+    "siglip": ("google/siglip-so400m-patch14-384", "google/siglip-so400m-patch14-384", 1152, 27, 196),
+    "dinov2": ("facebook/dinov2-large", "openai/clip-vit-large-patch14-336", 1024, 16, 64),
+}
+SEA_TOWERS = {"clip": 427_944_193, "siglip": 877_960_498}  # parameters of both towers, by hand
+SEA_ROWS = {  # table: its pairs of models, the records of its stages, the last stage
+    "table1": ([f"{name}_siglip" for name in SEA_MODELS], "alignment_2.5m", "Cambrian7M_withsystemprompt", 3),
+    "table2": (
+        [*(f"{name}_clip" for name in SEA_MODELS), "vicuna7b_siglip"],
+        "blip_laion_cc_sbu_558k",
+        "llava_v1_5_mix665k",
+        2,
+    ),
+    "table4": (["vicuna7b_clip"], "blip_laion_cc_sbu_558k", "llava_v1_5_mix665k", 3),
+    "table5": (["vicuna7b_dinov2"], "blip_laion_cc_sbu_558k", "llava_v1_5_mix665k", 2),
+}
+SEA_NAMES = [
+    f"sea_{table}_{pair}_{arm}"
+    for table in SEA_ROWS
+    for pair in SEA_ROWS[table][0]
+    for arm in ("plain", "sea")
+]
+SEA_FORECAST = (
+    "sea_table1_gemma2b_siglip_sea",
+    "sea_table2_phi3_clip_sea",
+    "sea_table2_llama3_clip_plain",
+    "sea_table5_vicuna7b_dinov2_sea",
+)
+SEA_REHEARSED = (
+    "sea_table1_gemma2b_siglip_sea",
+    "sea_table2_llama3_clip_plain",
+    "sea_table5_vicuna7b_dinov2_sea",
 )
 
 
@@ -374,3 +426,118 @@ def test_what_cannot_be_rehearsed_is_said(tmp_path):
     assert set(PUBLISHED) >= {
         paper_recipe(name)[key] for name in paper_recipe_names() for key in ("vision_tower", "language_model")
     }
+
+
+def test_parts_train_at_their_own_rates(tiny_world, tmp_path):
+    "Every weight is in one group, with the rate of its part; a rate of a frozen part is refused."
+    parts = {name: tiny_world[1]["vicuna7b_clip"][name] for name in ("vision_tower", "language_model")}
+    rates = {"learning_rate": 2e-5, "projector_learning_rate": 1e-4, "vision_tower_learning_rate": 2e-6}
+    wanted = {**parts, **rates, "model": "composed", "stage": 3, "use_cpu": True}
+    config = configured("", "", tmp_path, wanted)
+    student, processor = student_of(config)
+    trainer = TermTrainer(AlignedModel(student, [TextLoss()]), config, processing_class=processor)
+    groups = trainer.create_optimizer().param_groups
+    found = [(id(weight), group["lr"]) for group in groups for weight in group["params"]]
+    by_part = parameters_by_part(student)
+    assert len(found) == len(dict(found)) == sum(len(weights) for weights in by_part.values())
+    for part, rate in {"vision_tower": 2e-6, "projector": 1e-4, "language_model": 2e-5}.items():
+        assert {dict(found)[id(weight)] for weight in by_part[part].values()} == {rate}
+    with pytest.raises(InputError, match="does not train the vision tower"):
+        part_rates(configured("", "", tmp_path, {**wanted, "stage": 2}))
+
+
+def test_seas_tables_are_all_there():
+    assert sorted(SEA_STARTS) == sorted(SEA_NAMES) and set(SEA_STARTS.values()) < set(SEA_RECIPES)
+    assert len(SEA_RECIPES) == len(SEA_NAMES) + 2 * 12  # twelve pairs of models and data
+
+
+@pytest.mark.parametrize("name", SEA_NAMES)
+def test_a_row_of_sea_has_the_papers_values(name):
+    """Stage 1 has SEA's term or none; stage 2 never has it, and every other value is LLaVA-1.5's or the
+    table's."""
+    _, table, language, vision, arm = name.split("_")
+    _, *records, last = SEA_ROWS[table]
+    parts = {"language_model": SEA_MODELS[language][0], "vision_tower": SEA_EYES[vision][0]}
+    first = recipe(SEA_STARTS[name])
+    term = {key: value for key, value in first.items() if "." in key}
+    prime = {"stage": 3, "vision_tower_learning_rate": 2e-6} if last == 3 else {}
+    early = {**STAGE1, **parts, "chat": "plain", "records": f"{records[0]}.json{'l' * (table == 'table1')}"}
+    late = {**early, "chat": "vicuna_v1", "records": f"{records[1]}.json{'l' * (table == 'table1')}"}
+    late |= {"stage": 2, "pad_to_square": True, "learning_rate": 2e-5, "global_batch_size": 128, **prime}
+    assert first == {**early, **term} and recipe(name) == {**FULL_STAGE2, **late}
+    stated = {"labels": SEA_EYES[vision][1], "top": 10, "threshold": 0.0, "window": 2, "one_a_word": True}
+    stated |= {"vectors": "input", "learnable": True}
+    open_ = {
+        field: getattr(Sea, field) for field in ("weight", "temperature", "scorer", "words", "negatives")
+    }
+    assert term == (
+        {f"sea.{key}": value for key, value in {**stated, **open_}.items()} if arm == "sea" else {}
+    )
+    for each in (name, SEA_STARTS[name]):
+        places = SEA_BOOK.sources(each)
+        assert set(places) == set(recipe(each)) and all(len(place) > 10 for place in places.values())
+        config = configured(each, "DATA", "RUN", {"use_cpu": True})
+        assert config.gradient_accumulation_steps * 8 == config.global_batch_size
+        for field in open_ if arm == "sea" and each != name else ():
+            assert "default" in places[f"sea.{field}"], field
+
+
+@pytest.mark.parametrize("name", SEA_NAMES if ALL_ROWS else SEA_FORECAST)
+def test_a_row_of_sea_has_an_estimate(name, no_network):
+    _, table, language, vision, arm = name.split("_")
+    first, second = (estimate_of(each) for each in (SEA_STARTS[name], name))
+    _, size, width = SEA_MODELS[language]
+    _, labels, features, side, pairs = SEA_EYES[vision]
+    projector = f"trained {features * width + width * width + 2 * width:,},"
+    for found in (first, second):
+        assert found["A sample"]["visual tokens"] == f"{side * side} ({side} x {side})"
+        assert found["What trains"]["projector"].startswith(projector)
+    trained = int(second["What trains"]["language_model"].split()[1].rstrip(",").replace(",", ""))
+    assert size <= trained <= size + 2 * width  # a row for <image>, in embedding and head
+    assert second["What trains"]["vision_tower"].startswith("trained 0,") == (SEA_ROWS[table][-1] == 2)
+    assert list(second["Starts from"]) == [SEA_STARTS[name]] and "Objective sea" not in second
+    memory = "Memory of one GPU, GiB (an estimate)"
+    if arm == "sea":
+        said = first["Objective sea"]
+        assert said["labels"] == f"{labels} by surgery"
+        assert said["pairs"] == f"at most {pairs} of {side * side} visual tokens a picture"
+        plain = estimate_of(SEA_STARTS[name.removesuffix("sea") + "plain"])
+        more = (first[memory]["weights"] - plain[memory]["weights"]) * 2**30 / 2  # in bfloat16
+        assert abs(more - SEA_TOWERS["siglip" if "siglip" in labels else "clip"]) < 10
+    else:
+        assert first["Objectives"] == {"none": "text loss only"}
+
+
+@pytest.mark.parametrize("name", SEA_NAMES if ALL_ROWS else SEA_REHEARSED)
+def test_rehearsal_of_sea(name, tmp_path, no_network):
+    term = {"sea"} if name.endswith("_sea") else set()
+    folder = smoke_test(name, tmp_path / "run", {**FEW, **({"sea.window": 1} if term else {})})
+    stage1 = tmp_path / "run_tiny" / "stage1"
+    for where, labels in ((stage1, {"text"} | term), (folder, {"text"})):
+        assert load_json(where / "done.json")["steps"] == 2
+        assert set(load_json(where / "config.json")["objectives"]) == labels
+        curves = pd.read_csv(where / "curves.csv")
+        for label in labels:
+            values = curves[curves.name == f"loss_{label}"].value
+            assert len(values) == 2 and values.gt(0.1).all()
+    if term:
+        config = load_json(stage1 / "config.json")["objectives"]["sea"]
+        assert config["window"] == 1 and config["labels"] == "random"
+    wanted = recipe(name)
+    model, processor = load_model(folder / "model")
+    kind = wanted["language_model"].split("/")[-1].split("-")[0]
+    expected = {"vicuna": "Llama", "gemma": "Gemma", "Phi": "Phi3", "Meta": "Llama"}[kind]
+    assert type(model.model.language_model).__name__ == f"{expected}Model"
+    eyes = {"clip": "CLIP", "siglip": "Siglip", "dinov2": "Dinov2"}[name.split("_")[3]]
+    assert type(model.model.vision_tower).__name__.startswith(eyes)
+    side = {"CLIP": 56, "Siglip": 60, "Dinov2": 70}[eyes]
+    assert processor.image_processor.size["height"] == side and processor.image_processor.do_pad
+    before, after = (load_file(where / "model" / "model.safetensors") for where in (stage1, folder))
+    changed = {
+        part
+        for part in ("vision_tower", "multi_modal_projector", "language_model")
+        for key in after
+        if part in key and not torch.equal(before[key], after[key])
+    }
+    tower = {"vision_tower"} if wanted["stage"] == 3 else set()
+    assert changed == {"multi_modal_projector", "language_model"} | tower

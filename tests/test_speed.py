@@ -16,7 +16,8 @@ from aligned_mllm.data import collate
 from aligned_mllm.data.collate import Collator
 from aligned_mllm.models.trainable import parameters_by_part
 from aligned_mllm.objectives.viral import ViralLoss
-from aligned_mllm.training.papers.viral import FAST, paper_recipe, paper_recipe_names
+from aligned_mllm.training.llava_stages import FAST
+from aligned_mllm.training.papers.viral import paper_recipe, paper_recipe_names
 from aligned_mllm.teachers.targets import Targets
 from aligned_mllm.teachers.vision import load_teacher
 from aligned_mllm.training.build import cast_trained_weights

@@ -37,8 +37,8 @@ from ..teachers.cache import FeatureCache
 from ..teachers.targets import Targets
 from ..teachers.vision import Teacher
 from ..training.config import WEIGHTS
+from ..training.llava_stages import FAST
 from ..training.model import AlignedModel, with_targets
-from ..training.papers.viral import FAST
 
 # %% ../../nbs/lib/experiments/50_benchmark.ipynb #4d9f1118
 def flop_per_token(

@@ -28,7 +28,7 @@ from aligned_mllm.experiments.gpu_part import (
 )
 from ..models.taps import decoder_layers
 from ..models.trainable import parts_of
-from ..training.papers.viral import FAST
+from ..training.llava_stages import FAST
 
 # %% ../../nbs/lib/experiments/53_gpu_speed.ipynb #7d0e401c
 def run_shape(

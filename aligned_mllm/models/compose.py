@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'CONTENT', 'PLAIN', 'CHATS', 'word_tokenizer', 'with_words', 'fold_statistics', 'reset_projector',
-           'prefix_tokens', 'llava_config', 'compose', 'spoken_form', 'chat_template_of', 'padding_processor',
-           'in_form', 'fill_padding_token', 'require_vocabulary', 'load_tokenizer', 'composed_model']
+           'prefix_tokens', 'picture_side', 'llava_config', 'compose', 'spoken_form', 'chat_template_of',
+           'padding_processor', 'in_form', 'fill_padding_token', 'require_vocabulary', 'load_tokenizer',
+           'composed_model']
 
 # %% ../../nbs/lib/models/10_compose.ipynb #9ac33d6c
 from collections.abc import Iterable
@@ -106,6 +107,16 @@ def prefix_tokens(
         tokens = vision_tower(blank).last_hidden_state.shape[1]
     return tokens - (size // patch) ** 2
 
+# %% ../../nbs/lib/models/10_compose.ipynb #006ae4ab
+def picture_side(
+    image_processor,  # an encoder's own
+) -> int:
+    """The height in pixels of a picture as the encoder gets it; 0 where it depends on the picture. DINOv2's
+    processor scales a shorter edge to 256 pixels and cuts out 224, while its configuration names 518."""
+    cropped = getattr(image_processor, "do_center_crop", False)
+    size = image_processor.crop_size if cropped else image_processor.size
+    return size.get("shortest_edge") or size.get("height") or 0
+
 # %% ../../nbs/lib/models/10_compose.ipynb #f6e21b2f
 def llava_config(
     vision,  # the configuration of a vision encoder with patches
@@ -113,6 +124,7 @@ def llava_config(
     image_token_id: int,  # the id of a visual token
     prefix: int,  # tokens before the patches, from `prefix_tokens`
     feature_layer: int | None = None,  # of the tower's hidden states; by default the one that it names, or -2
+    side: int = 0,  # of its pictures, pixels; by default the one that it names
 ):
     "The LlavaConfig of two parts. Raises InputError for more than one token before the patches."
     from transformers import LlavaConfig
@@ -129,7 +141,7 @@ def llava_config(
         image_token_id=image_token_id,
         vision_feature_layer=getattr(vision, "feature_layer", -2) if feature_layer is None else feature_layer,
         vision_feature_select_strategy="default" if prefix else "full",
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        image_seq_length=((side or vision.image_size) // vision.patch_size) ** 2,
         tie_word_embeddings=text.tie_word_embeddings,
     )
 
@@ -152,7 +164,8 @@ def compose(
     if len(tokenizer) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(len(tokenizer))
     image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
-    config = llava_config(vision_tower.config, language_model.config, image_token_id, prefix, feature_layer)
+    parts = (vision_tower.config, language_model.config, image_token_id, prefix, feature_layer)
+    config = llava_config(*parts, picture_side(image_processor))
     seed_everything(seed)
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
@@ -250,11 +263,16 @@ def padding_processor(
     image_processor,  # an encoder's own
 ):
     """LLaVA's image processor with the encoder's size, mean and standard deviation: images are padded to
-    squares before they are resized."""
+    squares before they are resized. Raises InputError for an encoder whose pictures have no fixed size."""
     from transformers import LlavaImageProcessorPil
 
-    size = image_processor.size
-    side = size.get("shortest_edge") or size["height"]
+    side = picture_side(image_processor)
+    if not side:
+        raise InputError(
+            f"pad_to_square with a {type(image_processor).__name__} of size {dict(image_processor.size)}",
+            "a processor with a fixed height",
+            "set pad_to_square=false",
+        )
     square = {"height": side, "width": side}
     return LlavaImageProcessorPil(
         do_pad=True,

@@ -142,6 +142,7 @@ class Context:
     device: torch.device | str = "cpu"  # where teachers run
     seed: int = 0  # for what an objective draws
     open: Callable[..., Teacher] = teacher_by_name  # how a teacher is opened; a dry run opens shapes
+    label_shape: Callable[[str], Any] = lambda name: None  # in a dry run, what labels patches, as a shape
 
     @property
     def width(self) -> int:

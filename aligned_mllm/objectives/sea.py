@@ -40,7 +40,9 @@ class Sea:
     "Settings of SEA's term, written sea.FIELD. Raises InputError for values that do not go together."
 
     labels: str = setting(
-        "", "a CLIP or SigLIP by folder or hub id; 'exact' where objects are known; 'random' weights"
+        "",
+        "a CLIP or SigLIP by folder or hub id; 'exact' where objects are known; 'random' weights",
+        tiny="random",
     )
     weight: float = setting(1.0, "lambda; the paper names no value")
     words: str = setting("", "a word file; by default the words of the training answers")
@@ -48,7 +50,9 @@ class Sea:
     scorer: str = setting("surgery", f"one of {list(SCORERS)}")
     top: int = setting(10, "labels of a patch, at most")
     threshold: float = setting(0.0, "labels with a lower score are dropped")
-    most_unlabelled: float = setting(0.5, "largest share of patches without a label; above it, a run stops")
+    most_unlabelled: float = setting(
+        0.5, "largest share of patches without a label; above it, a run stops", tiny=1.0
+    )
     window: int = setting(2, "one patch of so many by so many is used in a step")
     one_a_word: bool = setting(True, "false keeps all pairs of a word; they are not compared with each other")
     temperature: float = setting(1.0, "of the softmax; where learnable, its start")
@@ -217,7 +221,7 @@ class SeaLoss(Objective):
 
     def __init__(
         self,
-        labeller,  # with `labels`, such as a Labeller; None for a dry run
+        labeller,  # with `labels`, such as a Labeller; a shape or None for a dry run
         vectors: Callable[[Tensor], Tensor] | None,  # words (N,) to (N, D)
         settings: Sea,
         seed: int = 0,  # for what is drawn
@@ -235,7 +239,7 @@ class SeaLoss(Objective):
         """Raises InputError for labels or words that cannot be had, and if most patches of the first pictures
         get no label."""
         if context.records is None:  # a dry run
-            return cls(None, None, settings)
+            return cls(context.label_shape(settings.labels), None, settings)
         labeller = labeller_for(settings, context)
         vectors = vectors_for(labeller.words, settings, context)
         share_without_label(labeller, context, settings.most_unlabelled)
@@ -254,7 +258,7 @@ class SeaLoss(Objective):
         return self.labeller and self.labeller.pixels_of_view
 
     def teachers(self) -> list:
-        own = getattr(self.labeller, "labeller", None)
+        own = getattr(self.labeller, "labeller", self.labeller)
         return [own] if hasattr(own, "model") else []
 
     @property
@@ -328,6 +332,9 @@ class SeaLoss(Objective):
             "temperature": f"{learnt} {settings.temperature:g}",
             "vectors": settings.vectors,
         }
+        for each in self.teachers():
+            size = sum(weight.numel() for weight in each.model.parameters())
+            lines["labels' model"] = f"frozen, {size / 1e6:,.1f} million parameters"
         if grid:
             windows = -(-grid[0] // settings.window) * -(-grid[1] // settings.window)
             lines["pairs"] = f"at most {windows} of {grid[0] * grid[1]} visual tokens a picture"

@@ -19,7 +19,9 @@ from ..data.record import IMAGE
 KNOWN_COUNTS = {
     "blip_laion_cc_sbu_558k.json": 558_128,
     "llava_v1_5_mix665k.json": 665_298,
-}  # samples in LLaVA's own files
+    "alignment_2.5m.jsonl": 2_513_164,
+    "Cambrian7M_withsystemprompt.jsonl": 7_067_000,
+}  # samples in LLaVA's and Cambrian-1's own files; the last to a thousand
 
 # %% ../../nbs/lib/training/10_estimate.ipynb #ca4c1901
 def steps_of(
@@ -93,7 +95,7 @@ def memory_terms(
     weights = {id(weight): weight for module in modules for weight in module.parameters()}.values()
     every = sum(weight.numel() * weight.element_size() for weight in weights)
     trained = sum(weight.numel() * weight.element_size() for weight in weights if weight.requires_grad)
-    stream = next(iter(modules[0].parameters())).element_size()
+    stream = modules[0].get_input_embeddings().weight.element_size()
     product = 2 if half else 4
     one_block = batch * length * product * block_activations(text, lora)
     if checkpointing:

@@ -27,15 +27,15 @@ def tiny_data(
     folder: str | Path,  # a new folder
     count: int = 12,  # samples in each file
 ) -> Path:
-    """A data folder with LLaVA's file names and a few drawn samples, JPEG images of several shapes, some
-    samples without an image."""
+    """A data folder with LLaVA's and Cambrian-1's file names and a few drawn samples, JPEG images of several
+    shapes, some samples without an image."""
     folder = Path(folder)
     drawn = write_scenes(
         folder / "drawn", seed=0, sizes=Sizes(train=count, captions=count, validation=1, test=1)
     )
-    for name, part, place in (
-        ("blip_laion_cc_sbu_558k.json", "captions", "00000"),
-        ("llava_v1_5_mix665k.json", "train", "coco/train2017"),
+    for part, place, *names in (
+        ("captions", "00000", "blip_laion_cc_sbu_558k.json", "alignment_2.5m.jsonl"),
+        ("train", "coco/train2017", "llava_v1_5_mix665k.json", "Cambrian7M_withsystemprompt.jsonl"),
     ):
         samples = []
         (folder / place).mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,10 @@ def tiny_data(
                 size = ((96, 64), (64, 96), (80, 80))[index % 3]
                 to_rgb(Image.open(drawn / record.images[0])).resize(size).save(folder / raw["image"])
             samples.append(raw)
-        (folder / name).write_text(json.dumps(samples), encoding="utf-8")
+        for name in names:
+            by_line = "".join(f"{json.dumps(sample)}\n" for sample in samples)
+            text = by_line if name.endswith(".jsonl") else json.dumps(samples)
+            (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 # %% ../../nbs/lib/training/60_smoke_test.ipynb #7cf5411d
@@ -106,7 +109,7 @@ def tiny_settings(
     if settings.get("model") != "composed":
         raise InputError(
             "--tiny for a recipe that is not composed of published parts",
-            "one of the papers' recipes (viral_...)",
+            "one of the papers' recipes",
             "the small recipes are small already: shorten them by --set max_steps=8",
         )
     files = ("blip_laion_cc_sbu_558k.json", "llava_v1_5_mix665k.json")

@@ -23,6 +23,7 @@ from ..data.collate import estimated_lengths, left_out_of
 from ..models.trainable import parameters_by_part
 from ..objectives.base import combine, text_positions
 from .checkpoint import load_aligned, save_aligned
+from .config import part_rates
 from .finite import FiniteTrainer
 from .model import with_targets
 from aligned_mllm.training.run_folder import (
@@ -339,17 +340,16 @@ class TermTrainer(ResumableTrainer):
                 save_left_out(merged_left_out(path, rows), path)
 
     def create_optimizer(self, model=None):
-        "transformers' optimizer; with `projector_learning_rate` the projector has groups of its own."
+        "transformers' optimizer; a part with a learning rate of its own has groups of its own."
         new = self.optimizer is None
-        rate = self.args.projector_learning_rate
         optimizer = super().create_optimizer(model)
-        if new and rate:
-            projector = parameters_by_part(self.model.student)["projector"].values()
-            own = {id(parameter) for parameter in projector}
+        for part, rate in part_rates(self.args).items() if new else ():
+            own = {id(parameter) for parameter in parameters_by_part(self.model.student)[part].values()}
             for group in list(optimizer.param_groups):
                 chosen = [parameter for parameter in group["params"] if id(parameter) in own]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+                if chosen:
+                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
