@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['written_words', 'probe_figure']
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #bbeeb8b0
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #4b668fde
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..core import InputError
 from ..evals.statistics import require_columns
 from ..figures import blank_figure, escaped
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #a0f11b75
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #804d8043
 def written_words(
     words: np.ndarray,  # (R, C) of str, the nearest word of each patch
     most: int = 12,  # patches a side of a grid on which every word is written
@@ -41,10 +41,10 @@ def written_words(
                 shown[tuple(places[distances.argmin()])] = word
     return shown
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #b8932bfa
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #623291b5
 _COLOURS = {"alive": "#56B4E9", "sink": "#E69F00", "dead": "#BDBDBD", "padding": "#ffffff"}
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #e8e83dd1
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #277a70ac
 def _short(word: str) -> str:
     "A word for a patch: at most eight letters."
     return escaped(word if len(word) <= 8 else word[:7] + "…")
@@ -88,7 +88,7 @@ def _panel(part: pd.DataFrame, shape: tuple[int, int], highest: float) -> list[d
         )
     return maps
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #b30b09a3
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #d6d41756
 def probe_figure(
     table: pd.DataFrame,  # from `probe_table`, also several joined
     images: Sequence[Image.Image],  # the same pictures

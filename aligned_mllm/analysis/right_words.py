@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['labelled_patches', 'right_words', 'right_words_figure']
 
-# %% ../../nbs/lib/analysis/76_right_words.ipynb #a86dc808
+# %% ../../nbs/lib/analysis/76_right_words.ipynb #ff962c4c
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..core import InputError
 from ..evals.statistics import interval, interval_words, require_columns
 from ..figures import blank_figure, escaped, styles_of
 
-# %% ../../nbs/lib/analysis/76_right_words.ipynb #e530a87f
+# %% ../../nbs/lib/analysis/76_right_words.ipynb #dc935fb4
 def labelled_patches(
     labeller,  # ExactLabeller, or any other labeller of `teachers`
     tokens: VisualTokens,  # of the I pictures
@@ -43,7 +43,7 @@ def labelled_patches(
     table = pd.DataFrame(tokens.rows[patch, :4].numpy(), columns=ROW[:4])
     return table.assign(word=[labeller.words.words[index] for index in found[place].tolist()])
 
-# %% ../../nbs/lib/analysis/76_right_words.ipynb #6727e7dc
+# %% ../../nbs/lib/analysis/76_right_words.ipynb #619ac485
 def right_words(
     table: pd.DataFrame,  # from `probe_table`; its nearest words count
     labels: pd.DataFrame,  # from `labelled_patches`, of the same pictures and grids
@@ -72,7 +72,7 @@ def right_words(
     columns = [*choice, *"pictures patches right low high chance".split()]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/lib/analysis/76_right_words.ipynb #b99d9f75
+# %% ../../nbs/lib/analysis/76_right_words.ipynb #503b7341
 def right_words_figure(
     table: pd.DataFrame,  # from `right_words`
 ):

@@ -6,7 +6,7 @@
 __all__ = ['TOKEN_KINDS', 'leading_tokens', 'word_vectors', 'closest_words', 'VisualTokens', 'visual_tokens', 'token_kinds',
            'probe_table']
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #b702fe7d
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #6557290b
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from ..models.taps import Taps, check_layers
 from ..teachers.targets import BatchView
 from ..teachers.words import TEMPLATES, WordList, in_template, require_encodable
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #6fc57079
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #3b465829
 def leading_tokens(
     tokenizer,  # of a language model
 ) -> list[int]:
@@ -35,7 +35,7 @@ def leading_tokens(
     start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
     return whole[:start]
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #2ec70849
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #94b4e5a0
 def _tokens_behind(tokenizer, words: Sequence[str], beginning: str) -> tuple[list[int], list[list[int]]]:
     "The tokens of the beginning of a text, and those of each word behind it."
     start = tokenizer(beginning.strip(), add_special_tokens=False)["input_ids"] if beginning.strip() else []
@@ -46,7 +46,21 @@ def _tokens_behind(tokenizer, words: Sequence[str], beginning: str) -> tuple[lis
         found.append(row[min(len(start), len(row)) if same is None else same :])
     return start, found
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #1b026386
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #352847ad
+def _beginnings(tokenizer, templates: Sequence[str]) -> list[str]:
+    "The texts in front of a word. Raises InputError for templates that are wrong or have unknown tokens."
+    if not templates or isinstance(templates, str):
+        raise InputError(f"templates {templates!r}", "a list of texts with one {} each", 'pass ("{}",)')
+    for template in templates:
+        in_template([], template)  # exactly one {}
+        beginning = template.split("{}")[0]
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer(beginning)["input_ids"]:
+            fault = f"template {template!r} with tokens that the tokenizer does not know"
+            remedy = f"choose one in its words, or {TEMPLATES['word']}"
+            raise InputError(fault, "a text that the language model can read", remedy)
+    return [template.split("{}")[0] for template in templates]
+
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #fec25c59
 @torch.no_grad()
 def _mean_embeddings(model: nn.Module, tokens: list[list[int]]) -> Tensor:
     "The mean input embedding of each word's tokens, as they enter the language model: (q, D) float32."
@@ -58,7 +72,7 @@ def _mean_embeddings(model: nn.Module, tokens: list[list[int]]) -> Tensor:
     total = torch.zeros(len(tokens), values.shape[1], device=device).index_add_(0, owner, values)
     return total / owner.bincount(minlength=len(tokens))[:, None]
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #4c4904bb
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #65efe6a4
 @torch.no_grad()
 def _last_states(model: nn.Module, texts: list[list[int]], layer: int) -> Tensor:
     "The state of a layer at the last token of each text: (q, D) float32."
@@ -70,41 +84,38 @@ def _last_states(model: nn.Module, texts: list[list[int]], layer: int) -> Tensor
         model(input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=1)
     return taps.states(layer)[torch.arange(len(texts), device=device), lengths - 1].float()
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #950fde9a
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #fe0381ea
 def word_vectors(
     model: nn.Module,  # an image-text model, also wrapped by PEFT, or its language model alone
     tokenizer,  # its own
     words: WordList,
     source: str | int = "input",  # "input": input embeddings; k: states after block k, 0: its input
-    templates: Sequence[str] = TEMPLATES["photo"],  # the texts around a word, from TEMPLATES or of yours
+    templates: Sequence[str] = TEMPLATES["photo"],  # for a layer: the texts around a word, such as TEMPLATES
     batch_size: int = 64,  # words at the same time
 ) -> Tensor:
     """A vector of each word: (q, D) float32, on the CPU, without gradient. Raises InputError for a layer that
     does not exist, and for words or templates with unknown tokens."""
     require_encodable(words, tokenizer)
-    if not templates or isinstance(templates, str):
-        raise InputError(f"templates {templates!r}", "a list of texts with one {} each", 'pass ("{}",)')
     layers = [] if source == "input" else check_layers([source], model)
+    beginnings = _beginnings(tokenizer, templates) if layers else ["a "]
     training = model.training
     model.eval()
     found = []
     for start in range(0, len(words), batch_size):
-        part = list(words.words[start : start + batch_size])
+        part = words.words[start : start + batch_size]
         vectors = []
-        for template in templates:
-            in_template(part[:1], template)  # exactly one {}
-            beginning, tokens = _tokens_behind(tokenizer, part, template.split("{}")[0])
-            if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in beginning:
-                remedy = f"choose one in its words, or {TEMPLATES['word']}"
-                fault = f"template {template!r} with tokens that the tokenizer does not know"
-                raise InputError(fault, "a text that the language model can read", remedy)
-            texts = [[*leading_tokens(tokenizer), *beginning, *row] for row in tokens] if layers else tokens
-            vectors.append(_last_states(model, texts, *layers) if layers else _mean_embeddings(model, texts))
+        for text in beginnings:
+            before, tokens = _tokens_behind(tokenizer, part, text)
+            if layers:
+                texts = [[*leading_tokens(tokenizer), *before, *row] for row in tokens]
+                vectors.append(_last_states(model, texts, *layers))
+            else:
+                vectors.append(_mean_embeddings(model, tokens))
         found.append(torch.stack(vectors).mean(0).cpu())
     model.train(training)
     return torch.cat(found)
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #f8d52501
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #2be9dd6b
 def closest_words(
     states: Tensor,  # (V, D) of visual tokens
     vectors: Tensor,  # (q, D) of words
@@ -133,7 +144,7 @@ def closest_words(
         best.append(cosines.topk(top, dim=-1))
     return torch.cat([each.indices for each in best]), torch.cat([each.values for each in best])
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #1631d489
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #a0de6449
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
     "States of V visual tokens of I pictures, with their places."
@@ -158,7 +169,7 @@ class VisualTokens:
         each = zip(self.view_of.tolist(), boxes, self.grids.tolist())
         return [BatchView(names[picture], box, tuple(grid)) for picture, box, grid in each]
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #68b8c562
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #c0bee87f
 @torch.inference_mode()
 def visual_tokens(
     loaded: LoadedModel,
@@ -181,10 +192,10 @@ def visual_tokens(
         parts.append([each.cpu() for each in part])
     return VisualTokens(*(torch.cat(each) for each in zip(*parts)))
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #d485772b
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #2d5682a3
 TOKEN_KINDS = ("alive", "sink", "dead", "padding")  # of visual tokens
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #08c210ae
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #c74e3c83
 def token_kinds(
     norms: np.ndarray,  # (V,), above 0
     nearest: np.ndarray,  # (V,), the nearest word of each token, or its index
@@ -207,7 +218,7 @@ def token_kinds(
         kinds[shown & (norms > sink * np.median(norms[shown]))] = TOKEN_KINDS[1]
     return kinds
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #b9c201f2
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #988d02c7
 def _lines_of(loaded: LoadedModel, tokens: VisualTokens, found: tuple, words: WordList) -> Iterator[tuple]:
     "Columns of a table of nearest words, with one entry for each token and rank."
     indices, cosines = (each.cpu().numpy() for each in found)
@@ -222,7 +233,7 @@ def _lines_of(loaded: LoadedModel, tokens: VisualTokens, found: tuple, words: Wo
     yield "norm", norms.repeat(top)
     yield "kind", kinds.repeat(top)
 
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #4b6fe75a
+# %% ../../nbs/lib/analysis/72_word_probe.ipynb #19749589
 def probe_table(
     models: LoadedModel | Sequence[LoadedModel],  # one or several
     images: Sequence[Image.Image],  # each in a sample of its own
