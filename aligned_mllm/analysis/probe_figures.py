@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['written_words', 'probe_figure']
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #4b668fde
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #a9f5befd
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..core import InputError
 from ..evals.statistics import require_columns
 from ..figures import blank_figure, escaped
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #804d8043
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #a2932b5b
 def written_words(
     words: np.ndarray,  # (R, C) of str, the nearest word of each patch
     most: int = 12,  # patches a side of a grid on which every word is written
@@ -41,10 +41,10 @@ def written_words(
                 shown[tuple(places[distances.argmin()])] = word
     return shown
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #623291b5
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #9c92b7dd
 _COLOURS = {"alive": "#56B4E9", "sink": "#E69F00", "dead": "#BDBDBD", "padding": "#ffffff"}
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #277a70ac
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #a397ca83
 def _short(word: str) -> str:
     "A word for a patch: at most eight letters."
     return escaped(word if len(word) <= 8 else word[:7] + "…")
@@ -58,6 +58,7 @@ def _panel(part: pd.DataFrame, shape: tuple[int, int], highest: float) -> list[d
     best = part[part["rank"] == 1]
     kinds = best.kind.to_numpy().reshape(shape)
     texts = np.vectorize(_short, otypes=[object])(written_words(best.word.to_numpy().reshape(shape)))
+    size = 12 if shape[1] <= 6 and max(map(len, texts.ravel())) <= 6 else 9
     places = zip(best.row, best.column, best.kind, best.norm)
     heads = [
         f"row {row + 1}, column {column + 1}" + ("" if kind == "alive" else f": {kind}, norm {norm:.3g}")
@@ -83,12 +84,12 @@ def _panel(part: pd.DataFrame, shape: tuple[int, int], highest: float) -> list[d
                 "zmax": highest if alive else 1,
                 "opacity": 0.8,
                 "showscale": False,
-                "textfont": {"size": 12 if shape[1] <= 6 else 9, "color": "#000"},
+                "textfont": {"size": size, "color": "#000"},
             }
         )
     return maps
 
-# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #d6d41756
+# %% ../../nbs/lib/analysis/74_probe_figures.ipynb #f06b82f9
 def probe_figure(
     table: pd.DataFrame,  # from `probe_table`, also several joined
     images: Sequence[Image.Image],  # the same pictures
