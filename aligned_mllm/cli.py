@@ -99,6 +99,8 @@ def _add_inside_options(
         help="compare with this vision model, too: a folder, a hub id or an embedded one; repeatable",
     )
     look.add_argument("--batch-size", type=int, default=0, help="questions at a time; fewer need less memory")
+    look.add_argument("--words", default="", help="word file, one a line (default: words of the answers)")
+    look.add_argument("--texts", default="", help="text file, one text a line (default: the records')")
 
 # %% ../nbs/lib/30_cli.ipynb #71f92276
 PASSED_ON = {  # commands with a module of their own: its name, and what it does
@@ -224,7 +226,7 @@ def _run_inside(options: argparse.Namespace) -> None:
     from aligned_mllm.reporting.model_report import inside
 
     stop_on_signals()
-    names = ("data", "images", "records", "questions", "pictures", "batch_size")
+    names = ("data", "images", "records", "questions", "pictures", "batch_size", "words", "texts")
     chosen = {name: getattr(options, name) for name in names}
     first = Path(options.models[0])
     beside = first.parent if (first / "done.json").is_file() else Path()

@@ -84,6 +84,33 @@ def test_tables_are_kept_for_these_weights_and_questions_only(runs, tmp_path):
     assert (pd.read_csv(table).value < 1).all()
 
 
+def test_words_and_texts_can_be_named(runs, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("red\ncircle\ndog\n", encoding="utf-8")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("red circle left\n\nblue square above\n", encoding="utf-8")
+    page = tmp_path / "page"
+    names = ["word_probe", "modality_gap", "token_map", "retention"]
+    common = ["inside", *runs, "--output", str(page), "--questions", "30", "--pictures", "8"]
+    assert main([*common, "--measures", ",".join(names)]) == 0
+    probe = pd.read_csv(page / "word_probe.csv")
+    before = set(probe.word)
+    assert set(probe.words) == {"input", "layer 3"} and set(probe.model) == {"plain", "viral"}
+    assert "yes" not in before and "dog" not in before and len(before) > 5
+    assert pd.read_csv(page / "retention.csv").times.iloc[1] == pytest.approx(1)  # one language model in both
+    more = ["--words", str(words), "--texts", str(texts)]
+    assert main([*common, "--measures", ",".join(names), *more]) == 0
+    assert set(pd.read_csv(page / "word_probe.csv").word) <= {"red", "circle"}  # a dog has no token here
+    assert pd.read_csv(page / "retention.csv").texts.tolist() == [2, 2]
+    html = (page / "inside.html").read_text(encoding="utf-8")
+    assert "Not measured" not in html and "TACS, caption of another picture" in html
+    words.write_text("dog\n", encoding="utf-8")
+    assert main([*common, "--measures", "word_probe", *more]) == 0
+    assert "Not measured: 0 words" in (page / "inside.html").read_text(encoding="utf-8")
+    assert main([*common, "--texts", str(tmp_path / "none.txt")]) == 2
+    assert "What to do" in capsys.readouterr().err
+
+
 def test_what_cannot_be_measured_is_said(runs, tmp_path):
     page = inside(runs[:1], tmp_path, measures=["cknna", "lens"], questions=10, pictures=2).read_text()
     assert "Not measured: 2 pictures" in page and "Words in the image" in page

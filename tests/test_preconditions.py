@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from family_checks import SIZES, photo
+from tiny_models import tiny
 
 from aligned_mllm.analysis.cka import cka, cka_null
 from aligned_mllm.analysis.cknna import agreement, cknna
@@ -21,9 +23,15 @@ from aligned_mllm.analysis.lens import check_ranked
 from aligned_mllm.analysis.neighbours import kernel, neighbours, points_of, same_rows, space
 from aligned_mllm.analysis.pca import component_colours, principal_directions
 from aligned_mllm.analysis.permutation import check_pictures, check_several, without_width
+from aligned_mllm.analysis.checkpoints import LoadedModel
+from aligned_mllm.analysis.modality_gap import gap_table, tacs_curve, tacs_figure
+from aligned_mllm.analysis.retention import retention_figure, retention_table
+from aligned_mllm.analysis.right_words import right_words_figure
 from aligned_mllm.analysis.structure import correlogram, spatial_contrast, structure_figure, structure_table
+from aligned_mllm.analysis.word_probe import closest_words
 from aligned_mllm.core import InputError
 from aligned_mllm.data.record import Record
+from aligned_mllm.teachers.words import WordList
 
 FIVE = np.arange(60) // 5
 
@@ -38,6 +46,11 @@ def twice(seed):
 
 def points(*features):
     return [points_of(each) for each in features]
+
+
+def _ratio_of_texts(texts):
+    model, processor = tiny("llava")
+    return retention_table(LoadedModel("one", model, processor), texts)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +79,8 @@ def points(*features):
         (lambda: check_pictures([Record("a", ("1.png",), ()), Record("b", (), ())]), "first 'b'"),
         (lambda: check_ranked(torch.tensor([[0.5, 0.5]])), "all equal or not finite"),
         (lambda: check_ranked(torch.tensor([[0.5, math.nan]])), "all equal or not finite"),
+        (lambda: closest_words(torch.zeros(2, 3), torch.eye(3), 1), "all equal or not finite"),
+        (lambda: _ratio_of_texts(["a"]), "0 predicted tokens"),
         (lambda: correlogram(torch.ones(2, 1, 3), (1, 1)), "grid of 1 x 1"),
         (lambda: spatial_contrast(torch.ones(2, 1, 3)), "1 patches in each image"),
         (lambda: spatial_contrast(torch.zeros(1, 4, 3)), "4 patches that are all zeros"),
@@ -184,3 +199,20 @@ def test_an_interval_without_width_and_one_seed_are_told():
     assert without_width(table).startswith("; 1 without width") and without_width(table[1:]) == ""
     curve = {"model": "m", "seed": 0, "step": [1, 2], "seconds": 1.0, "name": "accuracy", "value": 0.5}
     assert "no bands" in convergence_figure(pd.DataFrame(curve)).layout.title.text
+
+
+def test_one_picture_or_text_has_no_interval_and_figures_say_so(tmp_path):
+    model, processor = tiny("llava")
+    loaded = LoadedModel("one", model, processor)
+    gaps = gap_table(loaded, [photo(0, SIZES[0])], ["a red dog"], WordList(["red", "dog"]))
+    gaps = gaps.set_index("measure")
+    assert gaps.low.isna().all() and np.isnan(gaps.value["TACS, caption of another picture"])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    curve = tacs_curve({4: tmp_path}, [photo(0, SIZES[0])], ["a red dog"])
+    assert curve.captions.tolist() == ["own"] and "no bands" in tacs_figure(curve).layout.title.text
+    texts = retention_table(loaded, ["a red dog"])
+    assert np.isnan(texts.low[0]) and "no bars" in retention_figure(texts).layout.title.text
+    share = {"model": "one", "words": "input", "layer": 0, "pictures": 1, "right": [0.5], "chance": 0.2}
+    shares = pd.DataFrame({**share, "low": np.nan, "high": np.nan})
+    assert "no bars" in right_words_figure(shares).layout.title.text

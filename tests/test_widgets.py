@@ -42,6 +42,8 @@ from aligned_mllm.apps.ask import Ask
 from aligned_mllm.apps.compare import ALL_TYPES, Compare, both_answers, differing_answers
 from aligned_mllm.apps.drawing import overlay_figure, patch_frame, patch_html
 from aligned_mllm.apps.panels import Pair, Panel, Work, checkpoint_choice
+from aligned_mllm.analysis.word_probe import probe_table
+from aligned_mllm.apps.word_panel import WordPanel, pictures_beside, records_beside, words_beside
 from aligned_mllm.apps.session import (
     EMBEDDED,
     KnownQuestion,
@@ -388,6 +390,37 @@ def test_a_failing_call_is_a_message_and_the_other_answer_stays(session, monkeyp
     assert second.answer and "Click a token" in app.work.message.value
 
 
+def test_the_word_panel_shows_the_nearest_words_of_both_checkpoints(session):
+    models = [session.checkpoint(name) for name in ("toy/first", "toy/second")]
+    every, records = records_beside(session, [EMBEDDED, "toy/first"])
+    picture = drawn_scene(3)
+    words = words_beside(models, picture, records)
+    assert not {"yes", "no"} & set(words.words) and {"triangle", "blue"} <= set(words.words)
+    panel = WordPanel()
+    panel.show(models, picture, every, records)
+    pictures = [picture.image, *pictures_beside(every)]
+    expected = probe_table(models, pictures, words)
+    assert panel.tables["input"].equals(expected) and panel.layout.display == ""
+    assert set(panel.tables["middle"].words) == {"layer 3"}
+    (first,) = panel.plots.children
+    panel.choice.value = "middle"
+    (second,) = panel.plots.children
+    assert "layer 3" in str(second.layout) and "layer 3" not in str(first.layout)
+    panel.begin()
+    assert panel.layout.display == "none" and panel.plots.children == ()
+    assert records_beside(session, [EMBEDDED]) == ([], []) and len(pictures_beside([])) == 7
+
+
+def test_without_known_words_the_word_panel_shows_why(session):
+    panel = WordPanel()
+    image = drawn_scene(3).image
+    panel.show([session.checkpoint("toy/first")], Picture(image, "upload"), (), ())
+    assert panel.plots.children == () and "known answers" in panel.note.value
+    hostile = Picture(image, "upload", (KnownQuestion("what", HOSTILE),))
+    with pytest.raises(InputError, match="0 words"):
+        words_beside([session.checkpoint("toy/first")], hostile)
+
+
 def test_controls_are_disabled_while_something_goes_on():
     button = SimpleNamespace(disabled=False)
     seen = []
@@ -713,6 +746,10 @@ def test_compare_as_an_application(browser, voila, session):
         )
         assert window.drawn(0) != before[0] and window.drawn(1) != before[1]
         keep(window.page, "compare_1")
+        words = window.page.locator(".js-plotly-plot", has_text="The nearest word of each patch")
+        assert "words by input embeddings" in words.text_content()
+        window.choose("patches", "words by states of the middle layer")
+        words.get_by_text("words by states, layer 3").first.wait_for()
         window.page.get_by_text("Visual tokens as images").scroll_into_view_if_needed()
         keep(window.page, "compare_2")
         assert window.problems == []

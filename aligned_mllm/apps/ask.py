@@ -15,6 +15,7 @@ import ipywidgets as widgets
 from .drawing import image_url
 from .panels import WIDE, Pair, Work, checkpoint_choice
 from .session import Picture, Session, drawn_scene, record_picture, uploaded_picture
+from .word_panel import WordPanel, records_beside
 from ..core import InputError
 
 # %% ../../nbs/lib/apps/30_ask.ipynb #af4d8e3f
@@ -105,6 +106,7 @@ class Ask(widgets.VBox):
         self.work = Work(self.controls)
         self.picker = Picker(self.session, lambda: self.first.value, self.changed)
         self.pair = Pair(self.session, self.work)
+        self.words = WordPanel()
         self.known.observe(self.suggest, "value")
         for choice in (self.first, self.second):
             choice.observe(lambda change: self.changed(), "value")
@@ -114,12 +116,13 @@ class Ask(widgets.VBox):
             [self.first, self.second, self.known, self.question, submit, self.work.message],
             layout={"flex": "1 1 380px", "min_width": "290px"},
         )
-        super().__init__([widgets.HBox([self.picker, form], layout={"flex_flow": "row wrap"}), self.pair])
+        top = widgets.HBox([self.picker, form], layout={"flex_flow": "row wrap"})
+        super().__init__([top, self.pair, self.words])
         self.changed()
 
     def controls(self) -> list[widgets.Widget]:
         "All controls that are disabled during a computation."
-        own = [self.first, self.second, self.known, self.question, self.button]
+        own = [self.first, self.second, self.known, self.question, self.button, self.words.choice]
         return [*self.picker.controls, *own, *self.pair.buttons()]
 
     def names(self) -> list[str]:
@@ -140,6 +143,7 @@ class Ask(widgets.VBox):
 
         go.FigureWidget  # its import takes seconds: now, not at the first answer
         self.pair.begin(self.names())
+        self.words.begin()
         self.right.value = ""
         picture = self.picker.picture()
         questions = tuple(item.question for item in picture.known) if picture else ()
@@ -162,4 +166,6 @@ class Ask(widgets.VBox):
         right = picture.right_answer(self.question.value)
         self.right.value = f"right answer: <b>{escape(right)}</b>" if right else "right answer: not known"
         self.pair.ask(self.names(), picture, self.question.value)
+        models = [self.session.checkpoint(name) for name in self.names()]
+        self.words.show(models, picture, *records_beside(self.session, self.names()))
         return "Click a token to see its attention, or a patch of the image to see the words at it."

@@ -21,6 +21,7 @@ from ..analysis.checkpoints import same_views
 from ..analysis.pca import pca_figure, pca_table
 from .panels import WIDE, Pair, Work, checkpoint_choice, figure_widget
 from .session import EMBEDDED, Session, record_picture
+from .word_panel import WordPanel, records_beside
 from ..core import InputError
 from ..data.open import ChosenRecords
 from ..evals.statistics import require_columns
@@ -239,6 +240,7 @@ class Compare(widgets.VBox):
         self.button = widgets.Button(description="Look inside", button_style="primary", layout=margin)
         self.curves = CurvePlot()
         self.colours = widgets.VBox(layout={"overflow": "auto"})
+        self.words = WordPanel()
         self.work = Work(self.controls)
         self.pair = Pair(self.session, self.work)
         for choice in (self.first, self.second):
@@ -249,7 +251,7 @@ class Compare(widgets.VBox):
             layout={"flex": "1 1 430px", "min_width": "290px"},
         )
         row = widgets.HBox([left, self.curves], layout={"flex_flow": "row wrap"})
-        super().__init__([row, self.pair, self.colours])
+        super().__init__([row, self.pair, self.words, self.colours])
         self.changed()
 
     @property
@@ -260,7 +262,7 @@ class Compare(widgets.VBox):
     def controls(self) -> list[widgets.Widget]:
         "All controls that are disabled during a computation."
         own = [self.first, self.second, self.answers.category, self.answers.chosen, self.button]
-        return [*own, self.curves.choice, *self.pair.buttons()]
+        return [*own, self.curves.choice, self.words.choice, *self.pair.buttons()]
 
     def changed(self) -> None:
         "Read the chosen runs, or ask the chosen models, in the background."
@@ -273,6 +275,7 @@ class Compare(widgets.VBox):
         self.pair.begin([])
         self.answers.show(None)
         self.colours.children = ()
+        self.words.begin()
         if len(set(self.names)) < 2 or EMBEDDED in self.names:
             found = f"{len(self.session.runs)} were found in {self.session.root} (ALIGNED_MLLM_RUNS)"
             expected = "two different finished runs, or models of --model"
@@ -297,6 +300,7 @@ class Compare(widgets.VBox):
             self.pair.show_attention(panel, 0)
         short = run_names([self.session.source(name) for name in self.names])
         models = [replace(self.session.checkpoint(name), name=new) for name, new in zip(self.names, short)]
+        self.words.show(models, picture, *records_beside(self.session, self.names))
         old = self.colours.children
         figures = []
         for together, view, boxes in same_views(models, [picture.image]):

@@ -14,11 +14,13 @@ import pandas as pd
 from PIL import Image
 
 from ..analysis.checkpoints import LoadedModel, load_checkpoint, source_kind
+from ..analysis.retention import plain_texts
 from ..core import InputError, load_json, whole_file
 from ..data.open import ChosenRecords, open_records, questions_of
 from ..data.records import write_records
 from ..figures import run_names
 from ..teachers.vision import Teacher, load_teacher
+from ..teachers.words import WordList, word_file
 
 # %% ../../nbs/lib/reporting/28_case.ipynb #9f5b8727
 def objectives_in(
@@ -111,6 +113,8 @@ class Case:
     teachers: dict[str, Teacher] = field(default_factory=dict)  # references beside the model's own encoder
     batching: dict[str, int] = field(default_factory=dict)  # {"batch_size": N}; empty: each measure's own
     notes: str = ""  # where the questions are from, for the page
+    words: WordList | None = None  # that visual tokens are compared with; None: those of the answers
+    texts: list[str] = field(default_factory=list)  # whose perplexity is measured; empty: of the records
 
     @property
     def names(self) -> list[str]:
@@ -128,6 +132,8 @@ def case_of(
     pictures: int = 60,  # how many different pictures
     teachers: Sequence[str] = (),  # more references, as `load_teacher` takes them
     batch_size: int = 0,  # questions at a time; 0: each measure's own number
+    words: str | Path = "",  # a word file, one word a line; by default the words of the answers
+    texts: str | Path = "",  # a .txt file, one text a line, or records; by default questions and answers
 ) -> Case:
     """Models, questions and images. Raises InputError for runs that are not finished, for missing data,
     and for data without images."""
@@ -148,4 +154,6 @@ def case_of(
         references,
         {"batch_size": batch_size} if batch_size else {},
         write_questions(every, chosen, Path(output)),
+        word_file(words) if words else None,
+        plain_texts(texts) if texts else [],
     )

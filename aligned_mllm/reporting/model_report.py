@@ -25,10 +25,19 @@ from ..analysis.knockout import knockout_figure, knockout_table
 from ..analysis.lens import lens_figure, lens_table, nearest_words
 from ..analysis.pca import pca_figure, pca_table
 from ..analysis.permutation import paired_loss, permutation_figure, permutation_test
+from ..analysis.retention import retention_figure
+from ..analysis.token_map import map_figure
 from ..core import InputError, checksum, load_json, save_json, whole_file
 from ..evals.task import answers_of
 from .case import Case, case_of
 from .html import html_page, html_plot, html_table
+from aligned_mllm.reporting.word_measures import (
+    gap_section,
+    map_section,
+    probe_figures,
+    probe_section,
+    retention_section,
+)
 
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #3513e525
 MOST = 3  # models on one page
@@ -45,6 +54,7 @@ class Measure:
         lambda case, table: []
     )  # without figures the table is shown
     to_teachers: bool = False  # whether the table changes with the teachers
+    to_words: bool = False  # whether it changes with the words and texts that were named
 
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #773d181b
 PAGE_MEASURES: dict[str, Measure] = {}  # in the order of the page
@@ -227,6 +237,43 @@ PAGE_MEASURES["words"] = Measure(
     words_figure,
 )
 
+# %% ../../nbs/lib/reporting/30_model_report.ipynb #aec6bf4d
+PAGE_MEASURES["word_probe"] = Measure(
+    "Words of a list at the patches",
+    "The word of a list that is nearest to each visual token of the first image, as the token enters the "
+    "language model: by the words' input embeddings (the probe of SEA), and by the words' states in the "
+    "middle layer (as LatentLens). The list is of the recorded answers, if none is named. Dead: the nearest "
+    "word is the same for a quarter of the tokens of most images. Sink: three times the median norm.",
+    probe_section,
+    probe_figures,
+    to_words=True,
+)
+PAGE_MEASURES["modality_gap"] = Measure(
+    "From visual tokens to words",
+    "Modality gap: the mean distance of a visual token to the nearest word of the list, which depends on "
+    "norms. TACS: the mean, over ten tokens of an image, of the largest cosine with a word of its own "
+    "answers; above TACS with the answers about another image, words of this image count.",
+    gap_section,
+    to_words=True,
+)
+PAGE_MEASURES["token_map"] = Measure(
+    "Map of visual tokens and words",
+    "The two directions along which tokens and words together vary most, of vectors of length 1. It shows "
+    "whether the two are apart, no more.",
+    map_section,
+    lambda case, table: [map_figure(table)],
+    to_words=True,
+)
+PAGE_MEASURES["retention"] = Measure(
+    "Plain text",
+    "Perplexity of texts without an image: of a model before and after a training, what it has kept of its "
+    "language. The texts are the questions with their answers, if no file is named; name general text to "
+    "see what was forgotten. The ratio to the first model is paired over texts.",
+    retention_section,
+    lambda case, table: [retention_figure(table)],
+    to_words=True,
+)
+
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #d893b2ad
 def measured(
     case: Case,
@@ -245,6 +292,9 @@ def measured(
     }
     if PAGE_MEASURES[name].to_teachers:
         made_from["teachers"] = {label: teacher.checksum for label, teacher in case.teachers.items()}
+    if PAGE_MEASURES[name].to_words:
+        texts = hashlib.sha256("\n".join(case.texts).encode()).hexdigest()
+        made_from["words"] = [case.words.digest if case.words else "", texts]
     if path.is_file() and key.is_file() and load_json(key) == made_from:
         return pd.read_csv(
             path, keep_default_na=False, na_values=["", "nan"], dtype={"token": str, "model": str}
