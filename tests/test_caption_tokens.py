@@ -141,21 +141,31 @@ def test_names_by_image_count_in_their_own_image_only(scenes):
         ask_captions(model, processor, scenes, SHAPES, ["blind"])
 
 
-def test_a_template_that_changes_answers_is_refused(scenes):
+@pytest.mark.parametrize(
+    "image, answer, way, said",
+    [
+        (
+            "<image>",
+            "{% if seen %}red {% endif %}{{ text }}",
+            "picture",
+            "other answer tokens with its picture",
+        ),
+        ("", "{{ text | upper }}", "no picture", "writes its answer differently"),
+    ],
+)
+def test_a_template_that_changes_answers_is_refused(scenes, image, answer, way, said):
     model, processor = embedded_model(data_folder() / "parts")
     processor.chat_template = (
-        "{% for m in messages %}{% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}<image> blue {% else %}{{ c['text'] }}{% endif %} {% endfor %}{% if m['role'] == 'assistant' %}"
-        "{% if messages[0]['content'] | length > 1 %}red {% endif %}<eos>{% endif %}{% endfor %}"
+        "{% set seen = messages[0]['content'] | length > 1 %}{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        f"{image}"
+        "{% else %} {{ part['text'] }} {% endif %}{% endfor %}"
+        "{% else %}{% set text = message['content'][0]['text'] %}"
+        f"{answer} <eos>"
+        "{% endif %}{% endfor %}"
     )
-    with pytest.raises(InputError, match="other answer tokens with its picture"):
-        ask_captions(model, processor, scenes, SHAPES, ["picture"])
-    processor.chat_template = (
-        "{% for m in messages %}{% for c in m['content'] %}"
-        "{% if c['type'] == 'text' %}{{ c['text'] | upper }}{% endif %}{% endfor %}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
-    )
-    with pytest.raises(InputError, match="writes its answer differently"):
-        ask_captions(model, processor, scenes, SHAPES, ["no picture"])
+    with pytest.raises(InputError, match=said):
+        ask_captions(model, processor, scenes, SHAPES, [way])
 
 
 def test_units_are_pictures_and_with_two_seeds_seeds():
