@@ -157,7 +157,8 @@ def test_a_template_that_changes_answers_is_refused(scenes, image, answer, way, 
     model, processor = embedded_model(data_folder() / "parts")
     processor.chat_template = (
         "{% set seen = messages[0]['content'] | length > 1 %}{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        "{% if message['role'] == 'user' %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}"
         f"{image}"
         "{% else %} {{ part['text'] }} {% endif %}{% endfor %}"
         "{% else %}{% set text = message['content'][0]['text'] %}"
