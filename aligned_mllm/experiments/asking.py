@@ -23,7 +23,7 @@ FEW = 8  # tests; fewer are left to the caller, as new processes would cost more
 def ask_runs(
     runs: list[tuple[Path, Path, str]],  # finished run folder, data folder, and its file of questions
     workers: int,  # at the same time
-    ask: Callable = score_run,  # (run, data, records): a function that keeps what it finds in the run's folder
+    ask: Callable = score_run,  # takes (run, data, records), keeps what it finds in the run's folder
     name: str = "scores.csv",  # of its file there, for the test questions
 ) -> int:
     "Ask the runs that have no scores, several at a time, if they are many; returns how many were asked."

@@ -14,7 +14,8 @@ import torch
 
 from .recipes import WORLDS, ExperimentWorld
 from ..worlds.cutouts import STAMPS, PictureSource, read_cutouts
-from ..worlds.photographs import CaptionTests, PhotographSizes, photograph_config, write_photographs
+from ..worlds.photographs import CaptionTests, PhotographSizes
+from ..worlds.photographs import photograph_config, write_photographs
 
 # %% ../../nbs/lib/experiments/07_desk.ipynb #4b8794d6
 DESK = {
@@ -121,10 +122,10 @@ WORDS_STAGES = {
         "stage": 2,
         "records": "captions.jsonl",
         "learning_rate": 1e-4,
-        "max_steps": 80,
+        "max_steps": 60,
         "per_device_train_batch_size": 8,
         "logging_steps": 10,
-        "save_steps": 80,
+        "save_steps": 60,
     },
 }
 
@@ -132,7 +133,7 @@ WORDS_STAGES = {
 WORLDS["desk_words"] = replace(
     WORLDS["desk"],
     stages=WORDS_STAGES,
-    sizes=CaptionTests(0, 1200, 0, 0, 0, test_captions=96, unseen_captions=48),
+    sizes=CaptionTests(0, 1200, 0, 0, 0, test_captions=64, unseen_captions=32),
     quick={
         "sizes": CaptionTests(0, 40, 0, 0, 0, test_captions=6, unseen_captions=4),
         "settings": {"max_steps": 3, "logging_steps": 1, "save_steps": 3},
@@ -151,9 +152,9 @@ WORLDS["desk_words"] = replace(
         "recorded, and one token at a time is predicted: no caption is generated.",
         "seeds": "With one seed, intervals are over pictures: they describe how other pictures would fall, "
         "and not other training runs. With several, they are over seeds.",
-        "teacher": "SEA's words are exact, from the boxes of the collages. Labels from a CLIP would be worse.",
-        "stages": "SEA and its controls have the same steps. Plain and blind have no first stage, so a lead over "
-        "plain has more training behind it; what the words give is the lead over the controls.",
+        "teacher": "SEA's words are exact, from the collages' boxes. Labels from a CLIP would be worse.",
+        "stages": "SEA and its controls have the same steps. Plain and blind have no first stage, so a lead "
+        "over plain has more training behind it; the lead over the controls is what the words give.",
         "photographs": "A name with a single picture shows the same cut-out in training and test, in another "
         "collage. Names with several pictures, and held-out names, are tested on photographs never seen.",
         "blind": "Without a picture, a model that was trained with pictures is asked in a form it does not "

@@ -39,8 +39,8 @@ def write_tables(
     plan: Plan,
     folder: Path,  # the experiment's, with finished runs
 ) -> None:
-    """Write the tables of a world that asks questions: scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and unlearnt.json; scores_NAME.csv for
-    each further test."""
+    """For a world that asks questions, write scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and
+    unlearnt.json; scores_NAME.csv for each further test."""
     scores = read_scores(plan, folder)
     others = {Path(name).stem: read_scores(plan, folder, name) for name in WORLDS[plan.recipe].more_tests}
     pictures = 30 if plan.choice else 80  # a plan with a choice has many arms and seeds

@@ -15,10 +15,9 @@ import pandas as pd
 from PIL import Image
 
 from ..core import InputError, counted, load_json, path_inside, whole_file
-from ..evals.caption_tokens import caption_units
-from ..evals.statistics import interval, mean_over_categories, read_table, require_columns
+from ..evals.statistics import interval, mean_over_categories, require_columns
 from ..figures import style
-from .caption_results import caption_finding, caption_sections, caption_table
+from .caption_results import caption_sections, print_captions, read_captions
 from .finding import contrasts_of, contrasts_table, finding, register_looks
 from .html import html_page, html_picture, html_plot, html_table
 from .plots import cknna_figure, curves_figure, differences_figure, scores_figure
@@ -326,23 +325,6 @@ def _warning(plan: dict) -> str:
     "What a reader must know before any number: the plan's own warning, if it has one."
     return f"<p class=note><b>{escape(plan['warning'])}</b></p>" if plan.get("warning") else ""
 
-# %% ../../nbs/lib/reporting/20_experiment_report.ipynb #76aee7d9
-def _of_captions(folder: Path) -> dict | None:
-    "What a report of an experiment on captions needs; None for one on questions."
-    path = folder / "caption_tokens.csv"
-    if not path.is_file():
-        return None
-    tokens = read_table(path, ("records", "arm", "seed", "image", "way", "kind", "tokens", "loss", "correct"))
-    found = {"plan": load_json(folder / "plan.json"), "cost": None, "units": caption_units(tokens)}
-    if (folder / "cost.csv").is_file():
-        found["cost"] = pd.read_csv(folder / "cost.csv")
-    register_looks(found["plan"])
-    names = [*found["plan"]["arms"], *found["plan"].get("lines", [])]
-    found["arms"] = [arm for arm in dict.fromkeys(names) if arm in {*tokens.arm}]
-    found["baseline"] = next((arm for arm in found["arms"] if not found["plan"]["facts"][arm]["baseline"]), "")
-    found["finding"] = caption_finding(found["units"], found["plan"])
-    return found
-
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #2f134455
 def _written(folder: Path, summary: str, page: str) -> Path:
     "Write summary.md and report.html, each whole; the path of the page."
@@ -353,12 +335,12 @@ def _written(folder: Path, summary: str, page: str) -> Path:
 
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #fe64c240
 def report(
-    folder: str | Path,  # an experiment's: plan.json, scores.csv or caption_tokens.csv, what else was measured
+    folder: str | Path,  # an experiment's: plan.json, scores.csv or caption_tokens.csv, and more
 ) -> Path:
     """Write report.html (one file, no request to anywhere) and summary.md into `folder`, each whole;
     returns the path of the page."""
     folder = Path(folder)
-    if found := _of_captions(folder):
+    if found := read_captions(folder):
         plan = found["plan"]
         page = html_page(
             f"Experiment: {plan.get('recipe', 'unnamed')}",
@@ -395,13 +377,8 @@ def print_summary(
     folder: str | Path,  # an experiment folder
 ) -> None:
     "Print the finding and the table of scores of an experiment folder; of captions, the tables of names."
-    if captions := _of_captions(Path(folder)):
-        print(textwrap.fill(captions["finding"], 110))
-        for name, heading in captions["plan"]["caption_tests"].items():
-            own = captions["units"][captions["units"].records == name]
-            print(f"\n{heading}: right tokens in percent\n")
-            print(caption_table(own, captions["arms"]).to_string(index=False))
-        return
+    if captions := read_captions(Path(folder)):
+        return print_captions(captions)
     found = _read(Path(folder))
     print(textwrap.fill(finding(found["scores"], found["plan"]), 110))
     print(f"\n{accuracy_caption(found['scores'])}\n")
