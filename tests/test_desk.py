@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from small_nlvr import write_small_nlvr
@@ -22,6 +23,8 @@ from transformers import (
 from aligned_mllm.core import InputError, load_json, save_json
 from aligned_mllm.evals.task import score_run
 from aligned_mllm.experiments.choice import Choice
+from aligned_mllm.experiments.jobs import graph_of
+from aligned_mllm.experiments.named_plans import PLANS
 from aligned_mllm.experiments.plan import Plan, prepare_data, quick_plan
 from aligned_mllm.experiments.recipes import WORLDS
 from aligned_mllm.experiments.run import experiment, space_needed
@@ -35,6 +38,7 @@ from aligned_mllm.models.known_parts import (
     resnet_name,
 )
 from aligned_mllm.models.load import load_model
+from aligned_mllm.reporting.experiment_report import print_summary
 from aligned_mllm.train import main as train
 from aligned_mllm.training.config import configured
 from aligned_mllm.training.dry_run import student_shape
@@ -351,3 +355,58 @@ def test_features_are_kept_only_for_a_frozen_convolutional_tower(desk, tmp_path)
 def test_the_desk_asks_for_cut_outs(tmp_path):
     with pytest.raises(InputError, match="apt install tuxpaint-stamps-default"):
         prepare_data(Plan("desk", source=str(tmp_path / "nowhere")), tmp_path, 0)
+
+
+def test_the_short_job_about_words_runs_from_nothing_to_its_report(desk, tmp_path, capsys):
+    "Plain and blind start from the parts, SEA from a projector that learnt words without a text loss."
+    parts = {"vision_tower": str(desk["grid"]), "language_model": str(desk["language"])}
+    plan = quick_plan(
+        "desk_words",
+        arms=("plain", "sea"),
+        source=str(desk["root"] / "cutouts"),
+        settings={"bf16": False},
+        stage1={**WORLDS["desk_words"].quick["stage1"], **parts, "bf16": False},
+    )
+    page = experiment(tmp_path, plan, "the command", workers=2)
+    runs = {path.parent.name: path.parent for path in (tmp_path / "seed0").glob("*/done.json")}
+    assert {*runs} == {"plain", "blind", "stage1_sea", "sea"}
+    audit = {name: load_json(run / "parameters.json") for name, run in runs.items()}
+    trained = {name: {part for part, row in each.items() if row["trained"]} for name, each in audit.items()}
+    assert trained["stage1_sea"] == {"projector", "sea"} and trained["plain"] == {
+        "projector",
+        "language_model",
+    }
+    curves = pd.read_csv(runs["stage1_sea"] / "curves.csv").groupby("name").value.max()
+    assert curves.loss_sea > 0 == curves.loss_text
+    start = {name: load_json(runs[name] / "config.json")["model"] for name in ("plain", "blind", "sea")}
+    assert start == {"plain": "composed", "blind": "composed", "sea": str(runs["stage1_sea"] / "model")}
+    tokens = pd.read_csv(tmp_path / "caption_tokens.csv")
+    assert {*tokens.records} == {"test_captions", "unseen_captions"} and {*tokens.arm} == {*plan.runs}
+    assert {*tokens.way[tokens.arm == "blind"]} == {"no picture"}
+    assert {*tokens.way[tokens.arm == "sea"]} == {"picture", "other picture", "no picture"}
+    assert tokens.record[tokens.records == "test_captions"].nunique() == 6
+    cost = pd.read_csv(tmp_path / "cost.csv").set_index(["arm", "stage"])
+    assert {*cost.index} >= {("plain", 2), ("stage1_sea", 1), ("sea", 2)} and ("plain", 1) not in cost.index
+    text = page.read_text(encoding="utf-8")
+    for heading in WORLDS["desk_words"].caption_tests.values():
+        assert text.count(f"<h2>{heading}</h2>") == 1
+    assert "Far too short" in text and "the command" in text and "pictures of one seed" in text
+    print_summary(tmp_path)
+    assert "other picture" in capsys.readouterr().out
+    times = {run: (run / "done.json").stat().st_mtime_ns for run in runs.values()}
+    experiment(tmp_path, plan, workers=1)
+    assert times == {run: (run / "done.json").stat().st_mtime_ns for run in runs.values()}
+
+
+def test_sea_and_its_controls_have_equal_steps_and_differ_in_their_words():
+    plan = Plan("desk_words", **PLANS["sea_controls"])
+    jobs = {job.output.name: job for job in graph_of(plan, Path("nowhere")).jobs}
+    assert {job.steps for name, job in jobs.items() if name.startswith("stage1")} == {500}
+    assert {job.steps for name, job in jobs.items() if not name.startswith("stage1")} == {60}
+    first = jobs["stage1_sea"].settings
+    for name, target in (("sea_other_image", "other_image"), ("sea_shuffled", "shuffled")):
+        assert jobs[f"stage1_{name}"].settings == {**first, "sea.target": target}
+        assert jobs[name].after == jobs[f"stage1_{name}"].output
+    assert jobs["plain"].after is None is jobs["blind"].after and "stage1" not in jobs
+    with pytest.raises(InputError, match="a choice by answers"):
+        Plan("desk_words", **PLANS["causes"])

@@ -6,6 +6,7 @@
 __all__ = ['FEW', 'ask_runs']
 
 # %% ../../nbs/lib/experiments/23_asking.ipynb #eea89a5a
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,12 +23,14 @@ FEW = 8  # tests; fewer are left to the caller, as new processes would cost more
 def ask_runs(
     runs: list[tuple[Path, Path, str]],  # finished run folder, data folder, and its file of questions
     workers: int,  # at the same time
+    ask: Callable = score_run,  # takes (run, data, records), keeps what it finds in the run's folder
+    name: str = "scores.csv",  # of its file there, for the test questions
 ) -> int:
     "Ask the runs that have no scores, several at a time, if they are many; returns how many were asked."
-    waiting = [each for each in dict.fromkeys(runs) if not (each[0] / score_file(each[2])).is_file()]
+    waiting = [each for each in dict.fromkeys(runs) if not (each[0] / score_file(each[2], name)).is_file()]
     if workers < 2 or len(waiting) < FEW:
         return 0
     threads = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **threads) as pool:
-        asked = pool.map(score_run, *zip(*waiting))
+        asked = pool.map(ask, *zip(*waiting))
         return len(list(tqdm(asked, desc="asking, several at a time", total=len(waiting))))

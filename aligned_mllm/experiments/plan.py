@@ -70,6 +70,12 @@ class Plan:
             )
         if self.sizes is None:
             object.__setattr__(self, "sizes", world.sizes)
+        if self.choice and world.caption_tests:
+            raise InputError(
+                f"a choice by answers for recipe {self.recipe!r}",
+                "a world that asks questions",
+                "leave out --plan, or choose another --recipe",
+            )
         self.refuse_settings_of_arms()
 
     @property
@@ -241,6 +247,7 @@ def plan_record(
     ]
     steps = every[0]["max_steps"]
     layers = [value for settings in every for key, value in settings.items() if key.endswith(".layers")]
+    usual = WORLDS[plan.recipe].stages[2]["max_steps"]
     short = f"Far too short to mean anything: {steps} steps. It shows that everything works."
     return {
         "recipe": plan.recipe,
@@ -250,13 +257,14 @@ def plan_record(
         "runs": list(plan.runs),
         "lines": [BLIND, MAJORITY.name],
         "more_tests": {Path(name).stem: text for name, text in WORLDS[plan.recipe].more_tests.items()},
+        "caption_tests": {Path(name).stem: text for name, text in WORLDS[plan.recipe].caption_tests.items()},
         "facts": {arm.name: arm_facts(arm) for arm in [*map(ARMS.get, plan.runs), MAJORITY]},
         "command": command,
         "settings": common_settings(plan),
         "chosen_settings": plan.chosen_settings,
         "limits": limits_of(plan),
         "environment": environment(),
-        "warning": short if steps < 200 else "",
+        "warning": short if steps < min(200, usual) else "",
         "aligned_layer": layers[0][0] if layers else None,
         "parts": load_json(data_folder() / "parts" / "parts.json")["checksums"],
     }

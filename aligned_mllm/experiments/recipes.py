@@ -39,6 +39,8 @@ class ExperimentWorld:
     objectives: dict[str, dict] = field(default_factory=dict)  # of an objective, where an arm names none
     limits: dict[str, str] = field(default_factory=dict)  # sentences for reports, by subject
     more_tests: dict[str, str] = field(default_factory=dict)  # beside the test: record file to a heading
+    caption_tests: dict[str, str] = field(default_factory=dict)  # the same, of captions: no question is asked
+    own_stage1: bool = False  # arms without settings for stage 1 have none: stage 2 starts from the parts
     teacher: str = "dense"  # to which CKNNA compares the visual tokens
     source: str = ""  # in words: the folder that --data names; "" for a world that draws its data
     default_source: str = ""  # the folder that is taken without --data

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from ..core import load_json, require_space, save_json, sole_owner, whole_file
 from .asking import ask_runs
+from .caption_tables import write_caption_tables
 from .cause_tables import write_cause_tables
-from .jobs import check_jobs, graph_of, run_jobs, worker_count
+from .jobs import check_jobs, first_parts, graph_of, run_jobs, worker_count
 from .plan import Plan, data_of, joined_plan, plan_record, prepare_data
 from .recipes import WORLDS
 from ..models.known_parts import part_source
@@ -38,8 +39,8 @@ def write_tables(
     plan: Plan,
     folder: Path,  # the experiment's, with finished runs
 ) -> None:
-    """Write scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and unlearnt.json; scores_NAME.csv for
-    each further test."""
+    """For a world that asks questions, write scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and
+    unlearnt.json; scores_NAME.csv for each further test."""
     scores = read_scores(plan, folder)
     others = {Path(name).stem: read_scores(plan, folder, name) for name in WORLDS[plan.recipe].more_tests}
     pictures = 30 if plan.choice else 80  # a plan with a choice has many arms and seeds
@@ -105,10 +106,8 @@ def experiment(
     plan = joined_plan(plan, folder)
     require_space(folder, space_needed(plan, folder, workers))
     world = WORLDS[plan.recipe]
-    for name in (
-        world.teacher,
-        *(world.stages[1].get(key, "") for key in ("vision_tower", "language_model")),
-    ):
+    parts = first_parts(plan)
+    for name in (world.teacher, *(parts.get(key, "") for key in ("vision_tower", "language_model"))):
         part_source(name)  # converted or refused before data are made
     with sole_owner(folder):
         prepare_every(plan, folder, workers)
@@ -126,14 +125,17 @@ def experiment(
         save_json(plan_record(plan, commands), record)
         graph = graph_of(plan, folder)
         run_jobs(graph.jobs, workers)
-        tests = ("test.jsonl", *WORLDS[plan.recipe].more_tests)
+        tests = ("test.jsonl", *world.more_tests)
         runs = [
             (run, data_of(plan, folder, seed), records)
             for (seed, _), run in graph.folders.items()
             for records in tests
         ]
-        ask_runs(runs, workers)
-        write_tables(plan, folder)
+        if world.caption_tests:
+            write_caption_tables(plan, folder, workers)
+        else:
+            ask_runs(runs, workers)
+            write_tables(plan, folder)
         if plan.choice:
             write_cause_tables(plan, folder)
         page = report(folder)

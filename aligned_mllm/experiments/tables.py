@@ -69,7 +69,7 @@ def read_costs(
         row = {
             "seed": job.settings["seed"],
             "arm": job.output.name,
-            "stage": 1 if job.after is None else 2,
+            "stage": 1 if job.recipe.endswith("_stage1") else 2,
             "seconds": round(facts["seconds"], 1),
             "samples_per_second": round(facts["samples_per_second"], 1),
             "peak_memory_mib": facts["peak_memory_mib"],

@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ..core import InputError, load_json, path_inside, whole_file
+from ..core import InputError, counted, load_json, path_inside, whole_file
 from ..evals.statistics import interval, mean_over_categories, require_columns
 from ..figures import style
+from .caption_results import caption_sections, print_captions, read_captions
 from .finding import contrasts_of, contrasts_table, finding, register_looks
 from .html import html_page, html_picture, html_plot, html_table
 from .plots import cknna_figure, curves_figure, differences_figure, scores_figure
@@ -324,13 +325,35 @@ def _warning(plan: dict) -> str:
     "What a reader must know before any number: the plan's own warning, if it has one."
     return f"<p class=note><b>{escape(plan['warning'])}</b></p>" if plan.get("warning") else ""
 
+# %% ../../nbs/lib/reporting/20_experiment_report.ipynb #2f134455
+def _written(folder: Path, summary: str, page: str) -> Path:
+    "Write summary.md and report.html, each whole; the path of the page."
+    for name, text in (("summary.md", summary), ("report.html", page)):
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return folder / "report.html"
+
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #fe64c240
 def report(
-    folder: str | Path,  # an experiment folder: plan.json and scores.csv, and what else was measured
+    folder: str | Path,  # an experiment's: plan.json, scores.csv or caption_tokens.csv, and more
 ) -> Path:
     """Write report.html (one file, no request to anywhere) and summary.md into `folder`, each whole;
     returns the path of the page."""
     folder = Path(folder)
+    if found := read_captions(folder):
+        plan = found["plan"]
+        page = html_page(
+            f"Experiment: {plan.get('recipe', 'unnamed')}",
+            f"{len(found['arms'])} arms, {counted(len(plan.get('seeds', [])), 'seed')}, held-out captions",
+            found["finding"],
+            [
+                _warning(plan),
+                caption_sections(found["units"], plan, found["arms"]),
+                _section_end(found),
+            ],
+        )
+        summary = f"# Experiment: {plan.get('recipe', 'unnamed')}\n\n{found['finding']}\n"
+        return _written(folder, summary, page)
     found = _read(folder)
     sentence = finding(found["scores"], found["plan"])
     seeds = found["scores"].seed.nunique()
@@ -347,16 +370,15 @@ def report(
             _section_end(found),
         ],
     )
-    for name, text in (("summary.md", _markdown(found, sentence)), ("report.html", page)):
-        with whole_file(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return folder / "report.html"
+    return _written(folder, _markdown(found, sentence), page)
 
 # %% ../../nbs/lib/reporting/20_experiment_report.ipynb #1c2fb8bd
 def print_summary(
     folder: str | Path,  # an experiment folder
 ) -> None:
-    "Print the finding and the table of scores of an experiment folder."
+    "Print the finding and the table of scores of an experiment folder; of captions, the tables of names."
+    if captions := read_captions(Path(folder)):
+        return print_captions(captions)
     found = _read(Path(folder))
     print(textwrap.fill(finding(found["scores"], found["plan"]), 110))
     print(f"\n{accuracy_caption(found['scores'])}\n")
