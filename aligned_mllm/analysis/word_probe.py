@@ -22,6 +22,7 @@ from .lens import check_ranked
 from ..core import InputError
 from ..data.collate import model_inputs
 from ..models.taps import Taps, check_layers
+from ..models.word_vectors import input_vectors
 from ..teachers.targets import BatchView
 from ..teachers.words import TEMPLATES, WordList, in_template, require_encodable
 
@@ -59,18 +60,6 @@ def _beginnings(tokenizer, templates: Sequence[str]) -> list[str]:
             remedy = f"choose one in its words, or {TEMPLATES['word']}"
             raise InputError(fault, "a text that the language model can read", remedy)
     return [template.split("{}")[0] for template in templates]
-
-# %% ../../nbs/lib/analysis/72_word_probe.ipynb #fec25c59
-@torch.no_grad()
-def _mean_embeddings(model: nn.Module, tokens: list[list[int]]) -> Tensor:
-    "The mean input embedding of each word's tokens, as they enter the language model: (q, D) float32."
-    device = next(model.parameters()).device
-    flat = torch.tensor([token for row in tokens for token in row], device=device)
-    values = model.get_input_embeddings()(flat[None])[0].float()
-    owner = torch.arange(len(tokens), device=device)
-    owner = owner.repeat_interleave(torch.tensor([len(row) for row in tokens], device=device))
-    total = torch.zeros(len(tokens), values.shape[1], device=device).index_add_(0, owner, values)
-    return total / owner.bincount(minlength=len(tokens))[:, None]
 
 # %% ../../nbs/lib/analysis/72_word_probe.ipynb #65efe6a4
 @torch.no_grad()
@@ -110,7 +99,7 @@ def word_vectors(
                 texts = [[*leading_tokens(tokenizer), *before, *row] for row in tokens]
                 vectors.append(_last_states(model, texts, *layers))
             else:
-                vectors.append(_mean_embeddings(model, tokens))
+                vectors.append(input_vectors(model, tokens).float())
         found.append(torch.stack(vectors).mean(0).cpu())
     model.train(training)
     return torch.cat(found)
