@@ -33,15 +33,17 @@ def _add_experiment_options(
     job.add_argument(
         "--recipe",
         default="scenes",
-        help="scenes (drawn data), nlvr (human statements; needs --data) or desk (photographs, real parts)",
+        help="scenes (drawn data), nlvr (human statements; needs --data), desk (photographs, real parts) or "
+        "desk_words (the same parts, words for the projector, then captions)",
     )
     job.add_argument(
-        "--data", default="", help="the folder of an NLVR clone, or, for --recipe desk, of cut-outs of yours"
+        "--data", default="", help="the folder of an NLVR clone, or, on the desk, of cut-outs of yours"
     )
     job.add_argument(
         "--plan",
         default="",
-        help="a named plan: 'causes' takes VIRAL's gain apart (hours), 'sea' compares SEA with its controls",
+        help="a named plan: 'causes' takes VIRAL's gain apart (hours), 'sea' compares SEA with its controls "
+        "and variants, 'sea_controls' with its controls alone",
     )
     job.add_argument("--seeds", type=int, default=None, help="how many (default: 3; with --quick 1)")
     job.add_argument(
