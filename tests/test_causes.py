@@ -19,6 +19,7 @@ from aligned_mllm.experiments.arms import ARMS
 from aligned_mllm.experiments.cause_arms import CAUSE_ARMS
 from aligned_mllm.experiments.cause_tables import structure_of_arms
 from aligned_mllm.experiments.gradient_runs import GradientListener
+from aligned_mllm.experiments.named_plans import PLANS
 from aligned_mllm.experiments.plan import Plan
 from aligned_mllm.experiments.recipes import WORLDS
 from aligned_mllm.models.load import load_model
@@ -221,7 +222,7 @@ def test_a_finished_experiment_is_not_made_again(quick_causes, capsys):
     with pytest.raises(SystemExit):
         main(["experiment", "--plan"])
     assert main(["experiment", "--plan", "reasons"]) == 2
-    assert "one of ['causes']" in capsys.readouterr().err
+    assert f"one of {list(PLANS)}" in capsys.readouterr().err
 
 
 def test_a_run_made_again_with_the_listener_has_the_same_losses(small_data, tmp_path):
