@@ -30,6 +30,19 @@ def test_a_short_benchmark_is_consistent(tmp_path, capsys):
     assert "time/plain" in capsys.readouterr().out
 
 
+def test_seas_benchmark_trains_the_projector_alone(tmp_path):
+    words = "--device cpu --objective sea --batch 3 --steps 1 --blocks 2 --pictures 1".split()
+    assert main([*words, "--output", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "speed.csv", index_col="mode")
+    facts = json.loads((tmp_path / "speed.json").read_text())
+    assert list(table.index) == ["plain", "memory", "disk"] and facts["options"]["objective"] == "sea"
+    flop = flop_per_token(facts["parameters"], full=False)
+    assert (table["TFLOP/s"] * 1e12 / table["tokens/s"] / flop - 1).abs().max() < 1e-9
+    student = student_and_teacher(SHAPES["tiny"], Options(modes=("plain",), objective="sea"))[0]
+    trained = {name.split(".")[1] for name, value in student.named_parameters() if value.requires_grad}
+    assert trained == {"multi_modal_projector"}
+
+
 def test_the_large_shapes_are_llavas():
     shape = SHAPES["llava7b"]
     width = shape.text["hidden_size"]
@@ -46,6 +59,7 @@ def test_the_large_shapes_are_llavas():
         (["--device", "cpu", "--shapes", "llava7b"], "GPU"),
         (["--steps", "0", "--device", "cpu"], "steps"),
         (["--modes", "disk"], "plain"),
+        (["--objective", "sea", "--modes", "plain", "online", "--device", "cpu"], "labels"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words, said, capsys):

@@ -6,6 +6,8 @@
 __all__ = ['drawn_words', 'windows_of', 'one_of_each', 'chosen_pairs', 'symmetric_loss']
 
 # %% ../../nbs/lib/objectives/35_contrastive.ipynb #af6f3d45
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +29,14 @@ def drawn_words(
         found[some] = words[some].gather(1, place)[:, 0]
     return found
 
+# %% ../../nbs/lib/objectives/35_contrastive.ipynb #5618049f
+@lru_cache(4096)
+def _windows_of_view(rows: int, columns: int, size: int) -> Tensor:
+    "The window of each visual token of one view, numbered from 0: (rows * columns,) long."
+    row = torch.arange(rows)[:, None] // size
+    column = torch.arange(columns) // size
+    return (row * -(-columns // size) + column).flatten()
+
 # %% ../../nbs/lib/objectives/35_contrastive.ipynb #f3eb9e02
 def windows_of(
     grids: Tensor,  # (W, 2) long, rows and columns of each view
@@ -38,11 +48,8 @@ def windows_of(
     found = [torch.zeros(0, dtype=torch.long)]
     first = 0
     for rows, columns in grids.tolist():
-        across = -(-columns // size)
-        row = torch.arange(rows)[:, None] // size
-        column = torch.arange(columns) // size
-        found.append((first + row * across + column).flatten())
-        first += -(-rows // size) * across
+        found.append(first + _windows_of_view(rows, columns, size))
+        first += -(-rows // size) * -(-columns // size)
     return torch.cat(found)
 
 # %% ../../nbs/lib/objectives/35_contrastive.ipynb #dd8b632e

@@ -7,6 +7,7 @@ __all__ = ['crop_view', 'shows_picture', 'Normalization', 'normalization_of', 't
 
 # %% ../../nbs/lib/teachers/05_pixels.ipynb #2e16154c
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ def crop_view(
     return image.resize((size[1], size[0]), resample, box=area)
 
 # %% ../../nbs/lib/teachers/05_pixels.ipynb #5ee5a3de
+@lru_cache(4096)  # views have few different boxes and grids; callers do not change the mask
 def shows_picture(
     box: tuple[float, float, float, float],  # left, top, right, bottom of the view; fractions
     grid: tuple[int, int],  # rows and columns
