@@ -12,11 +12,12 @@ from teacher_checks import tiny
 from torch.nn.functional import normalize
 from transformers import Siglip2Config, Siglip2Model
 
-from aligned_mllm.core import InputError
+from aligned_mllm.core import InputError, data_folder
 from aligned_mllm.data.open import open_records
 from aligned_mllm.teachers.exact_labels import ExactLabeller, patch_shares
 from aligned_mllm.teachers.joint_space import JointSpace, load_joint_space, text_features, tiny_joint_space
 from aligned_mllm.teachers.labeller import Labeller, grid_of_shape, require_labelled
+from aligned_mllm.teachers.labels_by_name import LabelRequest, labeller_by_name
 from aligned_mllm.teachers.patch_labels import Labels, patches_at_centres, top_words
 from aligned_mllm.teachers.patch_scorers import SCORERS, surgery_terms, surgery_vectors
 from aligned_mllm.teachers.targets import BatchView
@@ -567,3 +568,29 @@ def test_bad_input_is_refused(case, spaces, scenes, tmp_path):
     (tmp_path / "scenes").symlink_to(scenes)
     with pytest.raises(InputError):
         BAD[case](spaces["clip"], tmp_path)
+
+
+def test_the_carried_clip_finds_what_patches_show(tmp_path):
+    "Its vision tower is the embedded encoder; by surgery most best words are true, by the literal rule few."
+    folder = data_folder() / "parts"
+    space = load_joint_space(folder / "clip")
+    tower = load_file(folder / "encoder" / "model.safetensors")
+    whole = load_file(folder / "clip" / "model.safetensors")
+    assert tower and all(torch.equal(value, whole[f"vision_model.{name}"]) for name, value in tower.items())
+    with pytest.raises(InputError, match="template"):
+        text_features(space, WordList(("red",)), TEMPLATES["photo"])
+    known = KnownObjects(write_scenes(tmp_path / "scenes", 3, Sizes(2, 2, 2, 30)))
+    records = open_records(tmp_path / "scenes")
+    names = [name for name in known if "test" in name]
+    views = [BatchView(name, WHOLE, (5, 5)) for name in names]
+    exact = ExactLabeller(known, least=0.3)
+    true = exact.labels(views)
+    share = {}
+    for scorer in ("surgery", "negated_cosine"):
+        request = LabelRequest(exact.words, scorer=scorer, template="word")
+        labeller = labeller_by_name("scenes_clip", request)
+        pixels = [labeller.pixels_of_view(records.image(name), WHOLE, (5, 5)) for name in names]
+        best = labeller.labels(views, pixels).words[:, :1]
+        used = ~true.empty & (best[:, 0] >= 0)
+        share[scorer] = float((true.words == best).any(1)[used].float().mean())
+    assert share["surgery"] > 0.7 and share["negated_cosine"] < 0.3

@@ -27,7 +27,8 @@ CAUSES = {
 # %% ../../nbs/lib/experiments/28_named_plans.ipynb #27c67f67
 SEA_PLAN = {
     "arms": (
-        *("plain", "sea", "sea_other_image", "sea_shuffled", "sea_temperature0.07", "sea_context"),
+        *("plain", "sea", "sea_other_image", "sea_shuffled", "sea_clip", "sea_context"),
+        *("sea_temperature0.07", "sea_weight0.1"),
         *("sea_pairs", "sea_pairs_other_image", "viral", "sea_viral", "plain_eighth", "sea_eighth"),
     ),
     "seeds": 5,

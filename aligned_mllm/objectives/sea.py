@@ -29,7 +29,7 @@ from ..teachers.patch_labels import Labels, patches_at_centres
 from ..teachers.patch_scorers import SCORERS
 from ..teachers.pixels import shows_picture
 from ..teachers.targets import BatchView, partner_views, views_in
-from ..teachers.words import WordList, corpus_words, unencodable, word_file
+from ..teachers.words import TEMPLATES, WordList, corpus_words, unencodable, word_file
 
 # %% ../../nbs/lib/objectives/40_sea.ipynb #0b5ea0b2
 SEA_TARGETS = ("image", "other_image", "shuffled")  # whose words a patch is compared with
@@ -48,6 +48,7 @@ class Sea:
     words: str = setting("", "a word file; by default the words of the training answers")
     target: str = setting("image", f"one of {list(SEA_TARGETS)}; all but image are controls")
     scorer: str = setting("surgery", f"one of {list(SCORERS)}")
+    template: str = setting("photo", f"one of {list(TEMPLATES)}: the text around a word, for a CLIP")
     top: int = setting(10, "labels of a patch, at most")
     threshold: float = setting(0.0, "labels with a lower score are dropped")
     most_unlabelled: float = setting(
@@ -66,6 +67,7 @@ class Sea:
         known = {
             "target": SEA_TARGETS,
             "scorer": SCORERS,
+            "template": TEMPLATES,
             "vectors": ("input", "context"),
             "negatives": ("device", "all"),
         }
@@ -183,6 +185,8 @@ def labeller_for(
         context.dtype,
         context.device,
         context.seed,
+        settings.template,
+        context.parts,
     )
     return labeller_by_name(settings.labels, request)
 

@@ -22,7 +22,7 @@ from ..models.weights import load_weights, unreadable
 from .cache import require_equal
 from .families import family_of
 from .vision import Teacher, processor_from
-from .words import TEMPLATES, WordList, in_template, require_encodable
+from .words import TEMPLATES, WordList, in_template, require_encodable, unencodable
 
 # %% ../../nbs/lib/teachers/52_joint_space.ipynb #d9199873
 def _clip_patches(
@@ -230,6 +230,11 @@ def text_features(
             fault = f"{folder}/features.npy cannot be read ({error})"
             raise InputError(fault, "a whole file", "delete the folder; it will be made again") from None
     require_encodable(words, space.tokenizer)
+    for template in templates:
+        if unencodable(WordList(tuple(in_template(words.words[:1], template))), space.tokenizer):
+            fault = f"the template {template!r}, which the tokenizer of {space.name} cannot encode"
+            remedy = f"use {TEMPLATES['word'][0]!r}, the word alone"
+            raise InputError(fault, "a text of tokens that it knows", remedy)
 
     def encoded(start: int) -> Tensor:
         part = words.words[start : start + chunk]

@@ -8,13 +8,15 @@ __all__ = ['LABELLERS', 'LabelRequest', 'labeller_by_name']
 # %% ../../nbs/lib/teachers/66_labels_by_name.ipynb #3d07ca9c
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from ..core import data_folder
 from ..data.records import Records
 from .joint_space import load_joint_space, tiny_joint_space
 from .labeller import Labeller
-from .words import WordList
+from .words import TEMPLATES, WordList
 
 # %% ../../nbs/lib/teachers/66_labels_by_name.ipynb #19d0e765
 @dataclass(frozen=True)
@@ -29,15 +31,30 @@ class LabelRequest:
     dtype: torch.dtype = torch.float32  # of a model's weights
     device: torch.device | str = "cpu"  # where a model runs
     seed: int = 0  # of random weights
+    template: str = "photo"  # a name from TEMPLATES: the text around a word
+    parts: str = ""  # folder with embedded parts; the repository's own by default
 
     def labeller(self, space) -> Labeller:
         "By a dual encoder. Raises InputError as `Labeller` does."
         space.model.to(self.device)
-        return Labeller(space, self.words, self.scorer, self.n, threshold=self.threshold)
+        return Labeller(
+            space,
+            self.words,
+            self.scorer,
+            self.n,
+            threshold=self.threshold,
+            templates=TEMPLATES[self.template],
+        )
+
+    def embedded_clip(self) -> Labeller:
+        "By the CLIP whose vision tower is the encoder of the drawn scenes."
+        folder = Path(self.parts or data_folder() / "parts") / "clip"
+        return self.labeller(load_joint_space(folder, self.dtype))
 
 # %% ../../nbs/lib/teachers/66_labels_by_name.ipynb #fb9cc1fa
 LABELLERS: dict[str, Callable[[LabelRequest], object]] = {
     "random": lambda request: request.labeller(tiny_joint_space(request.words, seed=request.seed)),
+    "scenes_clip": LabelRequest.embedded_clip,
 }
 
 # %% ../../nbs/lib/teachers/66_labels_by_name.ipynb #35e57cc4

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core import InputError, checksum, command, save_json, seed_everything, whole_folder
-from ..models.compose import word_tokenizer
 from .collages import Collage, CollageWorld, collages_of, draw_collage, sample_collage
 from .collages import split_of_collage
 from .cutouts import PictureSource, read_cutouts
+from .small_models import text_tower_tokenizer
 from .vision_training import fit, scaled_pixels
 
 # %% ../../nbs/lib/worlds/74_small_clip.ipynb #675188de
@@ -36,7 +36,7 @@ def small_clip(
     from transformers import CLIPConfig, CLIPModel
 
     seed_everything(seed)
-    tokenizer = word_tokenizer(word for name in names for word in name.split())
+    tokenizer = text_tower_tokenizer(word for name in names for word in name.split())
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
     text = {
         **tower,
@@ -57,8 +57,7 @@ def name_tokens(
     tokenizer,  # of the small CLIP
 ) -> dict[str, Tensor]:
     "The names as its text tower takes them: input_ids and attention_mask (q, S)."
-    texts = [f"<bos> {name} <eos>" for name in names]
-    return dict(tokenizer(texts, return_tensors="pt", padding=True))
+    return dict(tokenizer(names, return_tensors="pt", padding=True))
 
 # %% ../../nbs/lib/worlds/74_small_clip.ipynb #36a5f534
 def name_loss(

@@ -19,7 +19,7 @@ from ..models.compose import word_tokenizer
 from .language_training import accuracy_in_words, train_language_model
 from .questions import vocabulary
 from .scenes import World, scenes_of
-from .small_models import image_processor
+from .small_models import image_processor, text_tower_tokenizer
 from aligned_mllm.worlds.vision_training import (
     draw_pixels,
     normalise_output,
@@ -38,7 +38,8 @@ def build_part(
     world: World,  # the distribution of its training scenes
     scale: float,  # factor on its step count
 ) -> dict:
-    "Train and save one part; returns its loss curve, checksum, accuracy and, for a vision part, statistics."
+    """Train and save one part, the encoder with its whole CLIP; returns its loss curve, checksum, accuracy
+    and, for a vision part, statistics."""
     torch.set_num_threads(1)
     scenes = scenes_of("train", max(64, int(20000 * min(scale, 1))), 900 + seed, world)
     held = scenes_of("validation", max(60, int(600 * min(scale, 1))), 900 + seed, world)
@@ -51,6 +52,9 @@ def build_part(
     if name == "encoder":
         clip, curve = train_encoder(scenes, pixels, seed, int(4000 * scale))
         model = clip.vision_model
+        clip.save_pretrained(folder / "clip")
+        text_tower_tokenizer(vocabulary()).save_pretrained(folder / "clip")
+        image_processor().save_pretrained(folder / "clip")
     elif name == "teacher_dense":
         model, curve = train_dense_teacher(scenes, pixels, seed, int(3000 * scale))
     else:

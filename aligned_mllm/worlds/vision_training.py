@@ -17,10 +17,15 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..core import seed_everything
-from ..models.compose import word_tokenizer
 from .questions import vocabulary
 from .scenes import Scene, draw, label_map
-from .small_models import ATTENTION_HEADS, IMAGE_SIZE, PATCH_SIZE, WIDTH
+from aligned_mllm.worlds.small_models import (
+    ATTENTION_HEADS,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    WIDTH,
+    text_tower_tokenizer,
+)
 
 # %% ../../nbs/lib/worlds/40_vision_training.ipynb #8d01344a
 def draw_pixels(
@@ -75,7 +80,7 @@ def train_encoder(
 
     seed_everything(seed)
     random = np.random.default_rng(seed)
-    tokenizer = word_tokenizer(vocabulary())
+    tokenizer = text_tower_tokenizer(vocabulary())
     tower = {"hidden_size": WIDTH, "intermediate_size": 176, "num_attention_heads": ATTENTION_HEADS}
     tower |= {"projection_dim": WIDTH}
     text = {
@@ -95,7 +100,7 @@ def train_encoder(
 
     def loss_of() -> Tensor:
         chosen = torch.from_numpy(random.integers(len(scenes), size=256))
-        texts = [" ".join(["<bos>", *random.permutation(named[index]), "<eos>"]) for index in chosen]
+        texts = [" ".join(random.permutation(named[index])) for index in chosen]
         words = tokenizer(texts, return_tensors="pt", padding=True)
         output = model(**words, pixel_values=scaled_pixels(pixels[chosen]))
         right = (same_text[chosen][:, None] == same_text[chosen]).float()
