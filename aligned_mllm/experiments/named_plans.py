@@ -32,6 +32,7 @@ SEA_PLAN = {
         *("sea_pairs", "sea_pairs_other_image", "viral", "sea_viral", "plain_eighth", "sea_eighth"),
     ),
     "seeds": 5,
+    "words": True,
 }
 
 # %% ../../nbs/lib/experiments/28_named_plans.ipynb #ba2e8a09

@@ -36,6 +36,7 @@ class Plan:
     fresh: int = 3000  # drawings made for 'nlvr' to learn descriptions from
     vary_parts: bool = False  # train encoder, teachers and language model again for every seed
     imports: tuple[str, ...] = ()  # Python files that every training run imports first
+    words: bool = False  # measure the words of visual tokens, in a world whose objects are known
     choice: Choice | None = None  # of learning rate and λ for every arm, before the seeds
     chosen_settings: dict[str, dict] = field(default_factory=dict)  # by arm: what that choice has found
 

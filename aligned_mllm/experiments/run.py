@@ -31,6 +31,7 @@ from aligned_mllm.experiments.tables import (
     read_scores,
     unlearnt,
 )
+from .word_tables import read_word_measures
 from ..reporting.experiment_report import report
 from ..worlds.train_parts import build_parts
 
@@ -40,7 +41,7 @@ def write_tables(
     folder: Path,  # the experiment's, with finished runs
 ) -> None:
     """For a world that asks questions, write scores.csv, curves.csv, cknna.csv, cost.csv, examples.json and
-    unlearnt.json; scores_NAME.csv for each further test."""
+    unlearnt.json; scores_NAME.csv for each further test; words.csv for a plan that measures them."""
     scores = read_scores(plan, folder)
     others = {Path(name).stem: read_scores(plan, folder, name) for name in WORLDS[plan.recipe].more_tests}
     pictures = 30 if plan.choice else 80  # a plan with a choice has many arms and seeds
@@ -50,6 +51,7 @@ def write_tables(
         "curves": read_curves(plan, folder),
         "cknna": read_cknna(plan, folder, pictures),
         "cost": read_costs(plan, folder),
+        **({"words": read_word_measures(plan, folder)} if plan.words else {}),
     }
     for name, table in tables.items():
         with whole_file(folder / f"{name}.csv") as path:

@@ -132,8 +132,8 @@ def caption_sections(
             "<p>Loss, nats a token.</p>",
             html_table(caption_table(own, arms, "loss")),
             "<p>Differences with the right picture in points, then of the loss: negative is better.</p>",
-            html_table(comparison_table(own, plan)),
-            html_table(comparison_table(own, plan, "loss")),
+            html_table(comparison_table(own, plan), "numbers compact"),
+            html_table(comparison_table(own, plan, "loss"), "numbers compact"),
         ]
     return "\n".join(parts)
 

@@ -62,6 +62,8 @@ th { border-bottom: 1.5px solid #222; font-weight: 600; } table.numbers { width:
 table.numbers :is(th, td):not(:first-child) { text-align: right; padding: 5px 0 5px 14px; }
 table.numbers :is(td:first-child, :is(th, td):not(:first-child)) { white-space: nowrap; }
 table.numbers.cost :is(th, td):nth-child(2) { text-align: left; }
+table.numbers.compact { font-size: 13px; }
+table.numbers.compact :is(th, td):not(:first-child) { padding-left: 8px; }
 .wide { overflow-x: auto; } table.words td:first-child { white-space: nowrap; font-weight: 600; }
 figure { margin: 14px 0; }
 code, pre { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
