@@ -464,7 +464,8 @@ def test_a_row_of_sea_has_the_papers_values(name):
     early = {**STAGE1, **parts, "chat": "plain", "records": f"{records[0]}.json{'l' * (table == 'table1')}"}
     late = {**early, "chat": "vicuna_v1", "records": f"{records[1]}.json{'l' * (table == 'table1')}"}
     late |= {"stage": 2, "pad_to_square": True, "learning_rate": 2e-5, "global_batch_size": 128, **prime}
-    assert first == {**early, **term} and recipe(name) == {**FULL_STAGE2, **late}
+    batch = {"per_device_train_batch_size": 32} if arm == "sea" else {}  # negatives are those of a device
+    assert first == {**early, **term, **batch} and recipe(name) == {**FULL_STAGE2, **late}
     stated = {"labels": SEA_EYES[vision][1], "top": 10, "threshold": 0.0, "window": 2, "one_a_word": True}
     stated |= {"vectors": "input", "learnable": True}
     open_ = {
@@ -477,7 +478,8 @@ def test_a_row_of_sea_has_the_papers_values(name):
         places = SEA_BOOK.sources(each)
         assert set(places) == set(recipe(each)) and all(len(place) > 10 for place in places.values())
         config = configured(each, "DATA", "RUN", {"use_cpu": True})
-        assert config.gradient_accumulation_steps * 8 == config.global_batch_size
+        each_device = 32 if arm == "sea" and each != name else 8
+        assert config.gradient_accumulation_steps * each_device == config.global_batch_size
         for field in open_ if arm == "sea" and each != name else ():
             assert "default" in places[f"sea.{field}"], field
 

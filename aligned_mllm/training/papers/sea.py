@@ -38,6 +38,7 @@ SEA_STATED = {
 SEA_OPEN = {
     f"sea.{name}": getattr(Sea, name) for name in ("weight", "temperature", "scorer", "words", "negatives")
 }
+SEA_OPEN["per_device_train_batch_size"] = 32
 
 # %% ../../../nbs/lib/training/22_papers.sea.ipynb #df4d1f14
 _TOWER = {"stage": 3, "vision_tower_learning_rate": 2e-6}
@@ -100,6 +101,10 @@ SEA_SOURCES = {
     "sea.words": (
         "paper, App. C: words of the captions and of the list 2of12, about 4 million; parser and filters "
         "not stated, no list released; ours: the objective's default, the words of the captions"
+    ),
+    "per_device_train_batch_size": (
+        "LLaVA-1.5's script for stage 1, which the paper follows: 32 on each GPU; the pairs of a GPU are "
+        "compared with each other"
     ),
     "sea.negatives": (
         "paper, Eq. 11: the other pairs of a batch, whether of a GPU or of all is not stated; ours: the "
