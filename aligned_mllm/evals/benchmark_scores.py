@@ -6,7 +6,7 @@
 __all__ = ['Aggregate', 'unit_draws', 'drawn_scores', 'unit_shares', 'interval_table', 'verdict_counts', 'majority_line',
            'paired_scores', 'mcnemar', 'changed_answers']
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #6680292a
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #7ef10c98
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,7 +17,7 @@ from ..core import InputError
 from .benchmark import BenchmarkQuestion, all_right
 from .statistics import wilson
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #bc7a991e
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #a6c7a2c9
 def unit_draws(
     verdicts: pd.DataFrame,  # from `verdict_table`
     count: int = 1000,
@@ -38,10 +38,10 @@ def unit_draws(
         rows = order[first + np.arange(repeats.sum())]
         yield rows, np.repeat(np.arange(len(drawn)), repeats)
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #eaa6ee46
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #f831aef7
 Aggregate = Callable[[pd.DataFrame], dict[str, float]]  # verdicts to numbers, the score first
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #ab336471
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #f5924a3d
 def drawn_scores(
     tables: Sequence[pd.DataFrame],  # verdicts of the same questions, in the same order
     aggregate: Aggregate,
@@ -56,7 +56,7 @@ def drawn_scores(
         found.append([[each.get(name, np.nan) for name in names] for each in scores])
     return np.array(found, dtype=float)
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #4d99fa31
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #288c5094
 def unit_shares(
     verdicts: pd.DataFrame,  # from `verdict_table`
     aggregate: Aggregate,
@@ -80,7 +80,7 @@ def unit_shares(
                 break
     return found
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #e86ae5dc
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #30079e53
 def interval_table(
     verdicts: pd.DataFrame,  # from `verdict_table`
     aggregate: Aggregate,
@@ -105,7 +105,7 @@ def interval_table(
     rows = [(name, value, *ends.get(name, (np.nan, np.nan)), kinds[name]) for name, value in values.items()]
     return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "interval"])
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #84a66387
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #a6bcf309
 def verdict_counts(
     verdicts: pd.DataFrame,  # from `verdict_table`
 ) -> pd.DataFrame:
@@ -119,7 +119,7 @@ def verdict_counts(
     columns = ["category", "questions", "units", "unpublished", "unparsed", "mean"]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #22596c73
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #cd0e6124
 def majority_line(
     questions: Sequence[BenchmarkQuestion],
 ) -> list[str]:
@@ -127,10 +127,12 @@ def majority_line(
     counts: dict[str, Counter] = {}
     for each in questions:
         counts.setdefault(each.category, Counter()).update(dict.fromkeys(each.answers, 1))
-    commonest = {name: max(found, key=found.get, default="") for name, found in counts.items()}
+    commonest = {}
+    for name, found in counts.items():
+        commonest[name] = max(found, key=lambda answer: (found[answer], answer), default="")
     return [commonest[each.category] for each in questions]
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #20bce7c1
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #aba31daa
 def paired_scores(
     verdicts: pd.DataFrame,  # of the second model
     first: pd.DataFrame,  # of the first, with the same questions in the same order
@@ -154,7 +156,7 @@ def paired_scores(
         rows.append((name, *pair, pair[1] - pair[0], *ends))
     return pd.DataFrame(rows, columns=["measure", "first", "second", "difference", "low", "high"])
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #38c6abec
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #53ff5faa
 def mcnemar(
     verdicts: pd.DataFrame,  # of the second model
     first: pd.DataFrame,  # of the first, with the same questions
@@ -171,7 +173,7 @@ def mcnemar(
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return {"only_first": lost, "only_second": gained, "units": len(right), "p": float(p)}
 
-# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #2403a966
+# %% ../../nbs/lib/evals/75_benchmark_scores.ipynb #88ae64e4
 def changed_answers(
     verdicts: pd.DataFrame,  # of the second model
     first: pd.DataFrame,  # of the first, with the same questions in the same order
