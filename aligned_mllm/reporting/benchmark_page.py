@@ -6,7 +6,7 @@
 __all__ = ['result_table', 'score_figure', 'difference_table', 'benchmark_finding', 'measure_table', 'rule_table',
            'changed_cards', 'benchmark_page']
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #38f71a7e
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #beb69ca0
 from collections.abc import Sequence
 from html import escape
 
@@ -19,20 +19,21 @@ from ..figures import blank_figure, escaped, styles_of, with_axes
 from .benchmark_results import BenchmarkResult
 from .html import html_page, html_picture, html_plot, html_table
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #115ffcd1
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #795d0442
 def _shown(
     value: float,
     low: float = float("nan"),
     high: float = float("nan"),
+    sign: str = "",  # "+" for a difference
 ) -> str:
-    "A number with its interval: three decimals up to 1.5, else one; empty for NaN."
+    "A number with its interval: three decimals up to 1.5, else one; a dash for NaN."
     if np.isnan(value):
         return "–"
-    digits = 3 if abs(value) <= 1.5 else 1
-    ends = "" if np.isnan(low) else f" ({low:.{digits}f} to {high:.{digits}f})"
-    return f"{value:.{digits}f}{ends}"
+    form = f"{sign}.3f" if abs(value) <= 1.5 else f"{sign}.1f"
+    ends = "" if np.isnan(low) else f" ({low:{form}} to {high:{form}})"
+    return f"{value:{form}}{ends}".replace("-", "−")
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #c5860f51
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #f4b4f9c8
 def result_table(
     results: Sequence[BenchmarkResult],
 ) -> pd.DataFrame:
@@ -43,13 +44,15 @@ def result_table(
         row = {"benchmark": each.benchmark.title, "model": each.model}
         if len(each.scores):
             first = each.scores.iloc[0]
-            row |= {"score": first.measure, "value (95 % interval)": _shown(first.value, first.low, first.high)}
+            row |= {
+                "score": first.measure,
+                "value (95 % interval)": _shown(first.value, first.low, first.high),
+            }
             row |= {"blind": _shown(first.blind), "majority": _shown(first.majority), "unparsed": unparsed}
-        units = counted(each.facts["units"], each.benchmark.unit)
-        rows.append({**row, "over": units})
+        rows.append({**row, "over": counted(each.facts["units"], each.benchmark.unit)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #9ef2a0ab
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #0cee6e1d
 def score_figure(
     results: Sequence[BenchmarkResult],
 ):
@@ -59,7 +62,9 @@ def score_figure(
         return None
     titles = list(dict.fromkeys(each.benchmark.title for each in shown))
     models = list(dict.fromkeys(each.model for each in shown))
-    figure = blank_figure("Scores", "bars: 95 % intervals; grey lines: the majority answer; open symbols: blind")
+    figure = blank_figure(
+        "Scores", "bars: 95 % intervals; grey lines: the majority answer; open symbols: blind"
+    )
     looks = styles_of(models)
     for number, name in enumerate(models):
         look = looks[name]
@@ -84,9 +89,11 @@ def score_figure(
         figure.add_scatter(x=places, y=first.majority, marker=line, **hidden)
     ticks = [f"{escaped(title)}" for title in titles]
     figure.update_xaxes(tickvals=list(range(len(titles))), ticktext=ticks, range=[-0.6, len(titles) - 0.4])
-    return with_axes(figure, "", ["score"], range=[0, 1.02])
+    values = pd.concat([each.scores.iloc[0][["low", "high", "value", "majority", "blind"]] for each in shown])
+    ends = [values.min() - 0.03, values.max() + 0.03]
+    return with_axes(figure, "", ["score"], range=[float(end) for end in ends])
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #22327b7e
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #519c8240
 def difference_table(
     results: Sequence[BenchmarkResult],  # of several models; the first model is the baseline
 ) -> pd.DataFrame:
@@ -94,17 +101,19 @@ def difference_table(
     high), units that one of them alone has right, and p of McNemar's exact test."""
     rows = []
     for title in dict.fromkeys(each.benchmark.title for each in results):
-        first, *others = [each for each in results if each.benchmark.title == title and len(each.scores)] or [None]
+        first, *others = [each for each in results if each.benchmark.title == title and len(each.scores)] or [
+            None
+        ]
         for each in others:
-            pair = (each.verdicts, first.verdicts)
-            score = paired_scores(*pair, each.benchmark.aggregate).iloc[0]
+            numbers = [pair.scores.set_index("measure").value for pair in (each, first)]
+            score = paired_scores(*numbers, each.drawn, first.drawn).iloc[0]
             row = {"benchmark": title, "model": each.model, "baseline": first.model}
             row |= score[["measure", "difference", "low", "high"]].to_dict()
-            rows.append({**row, **mcnemar(*pair)})
+            rows.append({**row, **mcnemar(each.verdicts, first.verdicts)})
     columns = "benchmark model baseline measure difference low high only_first only_second units p".split()
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #e2c54788
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #0fe8b6c9
 def benchmark_finding(
     results: Sequence[BenchmarkResult],
     differences: pd.DataFrame,  # from `difference_table`
@@ -116,24 +125,28 @@ def benchmark_finding(
         for each in known:
             row = each.scores.iloc[0]
             value = _shown(row.value, row.low, row.high)
-            parts.append(f"{each.benchmark.title}, {each.model}: {row.measure} {value}, majority {_shown(row.majority)}")
+            name = f"{each.benchmark.title}, {each.model}"
+            parts.append(f"{name}: {row.measure} {value}, majority {_shown(row.majority)}")
         return "; ".join(parts) or "No score: no answers are published for these questions."
     sentences = []
     for name, rows in differences.groupby("model", sort=False):
         groups = {
             "higher on": rows[rows.low > 0],
             "lower on": rows[rows.high < 0],
-            "not told apart on": rows[~(rows.low > 0) & ~(rows.high < 0)],
+            "no clear difference on": rows[~(rows.low > 0) & ~(rows.high < 0)],
         }
         parts = []
         for words, group in groups.items():
-            each = [f"{row.benchmark} ({_shown(row.difference, row.low, row.high)})" for row in group.itertuples()]
+            each = [
+                f"{row.benchmark} ({_shown(row.difference, row.low, row.high, '+')})"
+                for row in group.itertuples()
+            ]
             parts += [f"{words} {', '.join(each)}"] if each else []
         sentences.append(f"{name} beside {rows.baseline.iloc[0]}: {'; '.join(parts)}.")
     over = "In brackets the 95 % intervals over units; another seed can differ by more."
     return " ".join([*sentences, over])
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #29d6074c
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #14358737
 def measure_table(
     results: Sequence[BenchmarkResult],  # of one benchmark
 ) -> pd.DataFrame:
@@ -144,7 +157,7 @@ def measure_table(
         columns[each.model] = pd.Series(shown, index=each.scores.measure, dtype=object)
     return pd.DataFrame(columns).rename_axis("measure").reset_index()
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #eb063393
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #76f12bfd
 def rule_table(
     results: Sequence[BenchmarkResult],  # of one benchmark
 ) -> pd.DataFrame:
@@ -156,7 +169,7 @@ def rule_table(
         columns[each.model] = pd.Series(shown, index=each.rules.rule, dtype=object)
     return pd.DataFrame(columns).rename_axis("rule").reset_index()
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #7c254b17
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #6addd1eb
 def changed_cards(
     result: BenchmarkResult,  # of the second model
     first: BenchmarkResult,  # of the first
@@ -169,7 +182,9 @@ def changed_cards(
     counts = changed.change.value_counts()
     words = {"gained": "now right", "lost": "now wrong", "none": "same verdict", "unparsed": "one unparsed"}
     parts = [f"{counts[kind]:,} {words[kind]}" for kind in words if kind in counts]
-    title = f"<p>{escape(result.model)} answers {len(changed):,} of {len(result.verdicts):,} questions otherwise "
+    title = (
+        f"<p>{escape(result.model)} answers {len(changed):,} of {len(result.verdicts):,} questions otherwise "
+    )
     cards = []
     for kind in ("gained", "lost"):
         rows = changed[changed.change == kind]
@@ -185,14 +200,16 @@ def changed_cards(
                 f"<tr><td>{escape(name)}</td><td class={mark}>{escape(str(text)[:200])}</td></tr>"
                 for name, text, mark in lines
             )
+            kinds = f"{escape(str(row.category))}, {words[kind]}"
             cards.append(
-                f"<div class=card>{''.join(pictures)}<p><span class=type>{escape(str(row.category))}</span><br>"
+                f"<div class=card>{''.join(pictures)}<p><span class=type>{kinds}</span><br>"
                 f"{escape(question.prompt[:400])}</p><p>Published: <b>{escape(str(row.expected))}</b></p>"
                 f"<table class=answers>{answers}</table></div>"
             )
-    return f"{title}than {escape(first.model)}: {', '.join(parts) or 'none'}.</p><div class=cards>{''.join(cards)}</div>"
+    counted_kinds = f"than {escape(first.model)}: {', '.join(parts) or 'none'}.</p>"
+    return f"{title}{counted_kinds}<div class=cards>{''.join(cards)}</div>"
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #058702b5
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #f3a223f6
 def _benchmark_section(
     results: Sequence[BenchmarkResult],  # of one benchmark
 ) -> str:
@@ -203,9 +220,9 @@ def _benchmark_section(
     way = {"generate": f"greedy answers of up to {facts['max_new_tokens']} tokens"}.get(
         facts["way"], f"the likeliest choice ({facts['way']})"
     )
-    units = counted(facts["units"], benchmark.unit)
+    units = "" if benchmark.unit == "question" else f", {counted(facts['units'], benchmark.unit)}"
     parts.append(
-        f"<p>{counted(facts['questions'], 'question')}, {units}; prompt {escape(facts['prompt'])}; rule "
+        f"<p>{counted(facts['questions'], 'question')}{units}; prompt {escape(facts['prompt'])}; rule "
         f"{escape(facts['rule'])}; {escape(way)}.</p>"
     )
     if len(results[0].scores):
@@ -217,7 +234,25 @@ def _benchmark_section(
     parts += [changed_cards(each, results[0]) for each in others]
     return "\n".join(parts)
 
-# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #9cde7d8c
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #25a8d625
+def _how(
+    results: Sequence[BenchmarkResult],
+) -> str:
+    "Where the answers come from, as HTML: model, source, checksums, type of the weights, version."
+    names = {
+        "model": "name",
+        "path": "source",
+        "checksum": "weights",
+        "processor": "processor",
+        "dtype": "type",
+    }
+    rows = {each.model: {shown: each.facts.get(key, "–") for key, shown in names.items()} for each in results}
+    version = results[0].facts.get("environment", {}).get("versions", {})
+    versions = ", ".join(f"{name} {number}" for name, number in version.items())
+    table = html_table(pd.DataFrame(rows.values()), "words")
+    return f"<h2>Where the answers come from</h2>{table}<p class=type>{escape(versions)}</p>"
+
+# %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #564021e0
 def benchmark_page(
     results: Sequence[BenchmarkResult],  # by benchmark, the first model first
     differences: pd.DataFrame,  # from `difference_table`
@@ -225,7 +260,11 @@ def benchmark_page(
     "The whole page as HTML, with its pictures in it."
     names = list(dict.fromkeys(each.model for each in results))
     titles = list(dict.fromkeys(each.benchmark.title for each in results))
-    sections = [f"<p class=note>{escape(text)}</p>" for each in results for text in each.warnings()]
+    sections = [
+        f"<p class=note style='border-color:#D55E00'>{escape(text)}</p>"
+        for each in results
+        for text in each.warnings()
+    ]
     sections.append("<h2>Scores</h2>")
     sections.append(
         "<p>Intervals are Wilson's where the score is the share of right units, else by the bootstrap over "
@@ -236,11 +275,11 @@ def benchmark_page(
     figure = score_figure(results)
     sections += [html_plot(figure, "scores")] if figure else []
     if len(differences):
-        table = differences.assign(difference=[
-            _shown(row.difference, row.low, row.high) for row in differences.itertuples()
-        ]).drop(columns=["low", "high"])
+        table = differences.assign(
+            difference=[_shown(row.difference, row.low, row.high, "+") for row in differences.itertuples()]
+        ).drop(columns=["low", "high", "baseline"])
         table["p"] = ["–" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}" for p in differences.p]
-        names_of = {"only_first": "only the first right", "only_second": "only the second right"}
+        names_of = {"only_first": f"right: {names[0]} only", "only_second": "this one only", "units": "of"}
         sections.append(f"<h2>Differences to {escape(names[0])}</h2>")
         sections.append(
             "<p>Paired over the same units, with the 95 % interval of the bootstrap. The counts and p are of "
@@ -250,5 +289,6 @@ def benchmark_page(
         sections.append(html_table(table.rename(columns=names_of)))
     for title in titles:
         sections.append(_benchmark_section([each for each in results if each.benchmark.title == title]))
-    sub = f"{', '.join(titles)}; the questions' own answers, judged by named rules"
+    sections.append(_how(results))
+    sub = f"{', '.join(titles)}; {counted(len(names), 'model')}"
     return html_page(f"Scores of {', '.join(names)}", sub, benchmark_finding(results, differences), sections)

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['BenchmarkResult', 'judged', 'write_result']
 
-# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #34ae7624
+# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #3efe03ee
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core import counted, save_json, whole_file
 from ..evals.benchmark import Benchmark, BenchmarkQuestion, chosen_from, verdict_table
-from ..evals.benchmark_scores import interval_table, majority_line, verdict_counts
+from ..evals.benchmark_scores import drawn_scores, interval_table, majority_line, verdict_counts
 
-# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #44f55c80
+# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #7f9a935e
 @dataclass(frozen=True)
 class BenchmarkResult:
     "One model on one benchmark."
@@ -27,6 +28,7 @@ class BenchmarkResult:
     scores: pd.DataFrame  # measure, value, low, high, interval, majority, blind; the score first
     counts: pd.DataFrame  # from `verdict_counts`
     verdicts: pd.DataFrame  # from `verdict_table`
+    drawn: np.ndarray  # from `drawn_scores`
     rules: pd.DataFrame  # rule, score and share of unparsed answers, for every rule of the benchmark
     questions: Sequence[BenchmarkQuestion]  # in the order of the verdicts
 
@@ -35,19 +37,23 @@ class BenchmarkResult:
         facts = self.facts
         found = []
         if facts["questions"] < facts["total"]:
-            found.append(f"Only {facts['questions']:,} of {counted(facts['total'], 'question')} were put to it.")
+            found.append(
+                f"Only {facts['questions']:,} of {counted(facts['total'], 'question')} were put to it."
+            )
         if facts["unpublished"]:
             count = counted(facts["unpublished"], "question")
             found.append(f"{count} without a published answer: no verdict.")
         if facts["unparsed"] > 0:
             share = f"{100 * facts['unparsed']:.1f} % of the answers"
-            found.append(f"The rule {facts['rule']} could not parse {share}. They count as missing, not as wrong.")
+            found.append(
+                f"The rule {facts['rule']} could not parse {share}. They count as missing, not as wrong."
+            )
         if facts["cut"]:
             tokens = f"{facts['max_new_tokens']} tokens"
             found.append(f"{counted(facts['cut'], 'answer')} did not end within {tokens}.")
         return [f"{self.benchmark.title}, {self.model}: {text}" for text in found]
 
-# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #4ee0df08
+# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #35a70384
 def _numbers(
     questions: Sequence[BenchmarkQuestion],
     answers: Sequence[str],
@@ -57,7 +63,7 @@ def _numbers(
     "The benchmark's numbers for some answers."
     return benchmark.aggregate(verdict_table(questions, answers, benchmark.rules[rule], benchmark.details))
 
-# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #b081f4e3
+# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #4f5b22be
 def judged(
     model: str,  # its name
     benchmark: Benchmark,
@@ -66,6 +72,7 @@ def judged(
     facts: dict,  # where the answers come from; total: the number of questions that there are
     rule: str = "",  # of the benchmark; the official one by default
     blind: Sequence[str] | None = None,  # answers of the same model without images
+    draws: int = 1000,  # of the bootstrap
 ) -> BenchmarkResult:
     "Verdicts and scores of kept answers. Raises InputError for an unknown rule."
     judge = chosen_from(benchmark.rules, rule, f"rule of {benchmark.name}")
@@ -76,8 +83,10 @@ def judged(
     published = counts.unpublished[0] < len(questions)
     scores = pd.DataFrame(columns=["measure", "value", "low", "high", "interval", "majority", "blind"])
     rules = pd.DataFrame(columns=["rule", "score", "unparsed"])
+    drawn = np.empty((0, 0))
     if published:
-        scores = interval_table(verdicts, benchmark.aggregate)
+        drawn = drawn_scores(verdicts, benchmark.aggregate, draws)
+        scores = interval_table(verdicts, benchmark.aggregate, drawn)
         lines = {"majority": majority_line(questions), "blind": blind}
         for name, texts in lines.items():
             values = {} if texts is None else _numbers(questions, texts, benchmark, rule)
@@ -98,6 +107,7 @@ def judged(
         "source": benchmark.source,
         "rule": rule,
         "unit": benchmark.unit,
+        "draws": draws,
         "units": int(counts.units[0]),
         "questions": len(questions),
         "unpublished": int(counts.unpublished[0]),
@@ -106,9 +116,9 @@ def judged(
         "scores": {row.measure: row.value for row in scores.itertuples()},
         "rules": {row.rule: row.score for row in rules.itertuples()},
     }
-    return BenchmarkResult(model, benchmark, facts, scores, counts, verdicts, rules, questions)
+    return BenchmarkResult(model, benchmark, facts, scores, counts, verdicts, drawn, rules, questions)
 
-# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #2678966d
+# %% ../../nbs/lib/reporting/50_benchmark_results.ipynb #59c8a481
 def write_result(
     result: BenchmarkResult,
     folder: str | Path,  # of this model and benchmark

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['source_stamp', 'model_identity', 'limited', 'score', 'main']
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #3b7c5c66
+# %% ../../nbs/lib/reporting/55_score.ipynb #b29f2a83
 import argparse
 import gc
 import hashlib
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
@@ -31,22 +30,30 @@ from aligned_mllm.core import (
 from ..evals import task
 from ..evals.answer_file import AnswerFile, questions_digest
 from ..evals.asking import ANSWER_WAYS, LONGEST_ANSWER, LONGEST_ANSWERS, answer_batches
-from ..evals.benchmark import LIKELIHOOD, Benchmark, BenchmarkQuestion, benchmark_named, chosen_from
+from aligned_mllm.evals.benchmark import (
+    LIKELIHOOD,
+    Benchmark,
+    BenchmarkQuestion,
+    benchmark_named,
+    chosen_from,
+)
 from ..evals.benchmark_data import open_questions
 from ..figures import run_names
 from .benchmark_page import benchmark_page, difference_table, result_table
 from .benchmark_results import BenchmarkResult, judged, write_result
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #31644c16
+# %% ../../nbs/lib/reporting/55_score.ipynb #632b563b
 def source_stamp(
     source: str | Path,  # a model folder, or a hub id
 ) -> dict[str, list[int]]:
     "Size and time of change of every file of a model's folder; empty for a hub id, or a folder that is gone."
     folder = Path(source).expanduser()
-    files = {str(path.relative_to(folder)): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     return {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()}
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #55bfa8bb
+# %% ../../nbs/lib/reporting/55_score.ipynb #56711d06
 def model_identity(
     loaded: LoadedModel,
 ) -> dict[str, str]:
@@ -59,7 +66,7 @@ def model_identity(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #a7e846bd
+# %% ../../nbs/lib/reporting/55_score.ipynb #07e85763
 class _Source:
     "A model that is loaded when it is first needed, and its identity, kept in its folder of results."
 
@@ -82,12 +89,13 @@ class _Source:
         path = self.folder / "source.json"
         if self.loaded is None and path.is_file():
             kept = load_json(path, ("source", "stamp", *names))
-            same = kept["source"] == str(self.source) and kept["dtype"] == self.dtype
-            if same and source_stamp(self.source) in ({}, kept["stamp"]):
+            stamp = source_stamp(self.source)
+            same = stamp == kept["stamp"] if stamp else kept["source"] == str(self.source)
+            if same and kept["dtype"] == self.dtype:
                 return {name: kept[name] for name in names}
         return model_identity(self.load())
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #6098208f
+# %% ../../nbs/lib/reporting/55_score.ipynb #3e676088
 def limited(
     questions: Sequence[BenchmarkQuestion],
     limit: int,  # 0 for all
@@ -100,7 +108,7 @@ def limited(
     kept = {units[number * len(units) // count] for number in range(count)}
     return [each for each in questions if each.unit in kept]
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #cf3f0876
+# %% ../../nbs/lib/reporting/55_score.ipynb #39582795
 def _kept_answers(
     source: _Source,
     benchmark: Benchmark,
@@ -109,9 +117,14 @@ def _kept_answers(
     settings: dict,  # prompt, way, max_new_tokens, with_images
     batch_size: int,
 ) -> AnswerFile:
-    "The answers, after the missing ones have been asked for."
+    "The answers, of which those that were missing are found now."
     name = "answers.jsonl" if settings["with_images"] else "answers_blind.jsonl"
-    about = {"benchmark": benchmark.name, "questions": questions_digest(every), **settings, **source.identity()}
+    about = {
+        "benchmark": benchmark.name,
+        "questions": questions_digest(every),
+        **settings,
+        **source.identity(),
+    }
     kept = AnswerFile(source.folder / benchmark.name / name, about)
     left = kept.unanswered(questions)
     if not left:
@@ -125,12 +138,12 @@ def _kept_answers(
             bar.update(len(rows))
     return kept
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #6e4d8b12
+# %% ../../nbs/lib/reporting/55_score.ipynb #8bdbb6c2
 def _result(
     source: _Source,
     benchmark: Benchmark,
     every: Sequence[BenchmarkQuestion],
-    settings: dict,  # prompt, way, max_new_tokens, rule, limit, blind, batch_size
+    settings: dict,  # prompt, way, max_new_tokens, rule, limit, blind, batch_size, draws
 ) -> BenchmarkResult:
     "Answers, verdicts and scores of one model on one benchmark, written to its folder."
     questions = limited(every, settings["limit"])
@@ -143,13 +156,16 @@ def _result(
         blind = without.answers(questions)
     kept.answers(questions)
     facts = {**common, "limit": settings["limit"], "total": len(every), "path": str(source.source)}
-    facts |= {**source.identity(), "checksum": kept.identity["model"], "environment": environment()}
+    facts |= {**source.identity(), "environment": environment()}
+    facts["checksum"] = facts["model"]
     rows = [kept.rows[each.id] for each in questions]
-    result = judged(source.name, benchmark, questions, rows, facts, settings["rule"], blind)
+    result = judged(
+        source.name, benchmark, questions, rows, facts, settings["rule"], blind, settings["draws"]
+    )
     write_result(result, source.folder / benchmark.name)
     return result
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #13ba13e6
+# %% ../../nbs/lib/reporting/55_score.ipynb #ef83213a
 def _folder_of(
     source: str | Path,  # a run folder, a model folder, or a hub id
 ) -> str | Path:
@@ -157,7 +173,7 @@ def _folder_of(
     inner = Path(source).expanduser() / "model"
     return inner if (inner.parent / "done.json").is_file() else source
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #af4b40cb
+# %% ../../nbs/lib/reporting/55_score.ipynb #cb39faae
 def _sources(
     sources: Sequence[str | Path],
     output: Path,
@@ -175,7 +191,7 @@ def _sources(
         found.append(_Source(_folder_of(source), name, folder, dtype))
     return found
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #a8663ee4
+# %% ../../nbs/lib/reporting/55_score.ipynb #985dadb7
 def score(
     sources: Sequence[str | Path],  # run folders, model or adapter folders, or hub ids; the baseline first
     benchmarks: Iterable[str],  # their names
@@ -191,13 +207,16 @@ def score(
     limit: int = 0,  # about so many questions of each benchmark; 0: all
     blind: bool = False,  # ask without the images as well
     dtype: str = "float32",  # of the weights; "bfloat16" halves their memory
+    draws: int = 1000,  # of the bootstrap
 ) -> Path:
-    """Ask, judge, compare; write OUTPUT/MODEL/BENCHMARK/ (answers, verdicts, scores) and OUTPUT/scores.html, and
-    return the page. Resumes where it was stopped. Raises InputError."""
+    """Ask, judge, compare; write OUTPUT/MODEL/BENCHMARK/ (answers, verdicts, scores) and the page
+    OUTPUT/scores.html, which is returned. Resumes where it was stopped. Raises InputError."""
     output = Path(output)
     if way not in ANSWER_WAYS or not isinstance(getattr(torch, dtype, None), torch.dtype) or limit < 0:
         found = f"way {way!r}, dtype {dtype!r}, limit {limit}"
-        raise InputError(found, f"one of {', '.join(ANSWER_WAYS)}, float32 or bfloat16, 0 or more", "correct it")
+        raise InputError(
+            found, f"one of {', '.join(ANSWER_WAYS)}, float32 or bfloat16, 0 or more", "correct it"
+        )
     chosen = [benchmark_named(name) for name in dict.fromkeys(benchmarks)]
     jobs = []
     for benchmark in chosen:
@@ -206,7 +225,7 @@ def score(
         every = open_questions(benchmark, data, style, images)
         tokens = max_new_tokens or LONGEST_ANSWERS.get(benchmark.name, LONGEST_ANSWER)
         settings = {"prompt": style or next(iter(benchmark.prompts)), "way": way, "max_new_tokens": tokens}
-        settings |= {"rule": rule, "limit": limit, "blind": blind, "batch_size": batch_size}
+        settings |= {"rule": rule, "limit": limit, "blind": blind, "batch_size": batch_size, "draws": draws}
         jobs.append((benchmark, every, settings))
     models = _sources(sources, output, dtype)
     found = []
@@ -226,36 +245,42 @@ def score(
         print(f"NOTE: {text}")
     return output / "scores.html"
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #c761910d
+# %% ../../nbs/lib/reporting/55_score.ipynb #2ba478d0
 def _parser(program: str) -> argparse.ArgumentParser:
     "The options of the command."
     parser = argparse.ArgumentParser(
         prog=program,
         description="Score any image-text models on benchmarks; write one page. Stopped, it resumes.",
-        epilog=f"A run on records of this library: {program} --run RUN --data DATA [--records FILE] [--images "
-        "FOLDER], as python -m aligned_mllm.evals.task",
+        epilog=f"A run on records of this library: {program} --run RUN --data DATA [--records FILE] "
+        "[--images FOLDER], as python -m aligned_mllm.evals.task",
     )
     parser.add_argument(
-        "models", nargs="+", help="finished run folders, model or adapter folders, hub ids; the baseline first"
+        "models",
+        nargs="+",
+        help="finished run folders, model or adapter folders, hub ids; the baseline first",
     )
     parser.add_argument("--benchmarks", required=True, help="names, comma separated, such as pope,mmvp")
     parser.add_argument(
-        "--data", required=True, help="folder of the official files (of one, or with a folder for each), "
-        "a file, OWNER/NAME of the hub, or hub for the published data sets"
+        "--data",
+        required=True,
+        help="folder of the official files (of one, or with a folder for each), "
+        "a file, OWNER/NAME of the hub, or hub for the published data sets",
     )
     parser.add_argument("--images", default=None, help="folder of the pictures, if it is another one")
     parser.add_argument("--output", default="scores", help="folder of answers, tables and scores.html")
     parser.add_argument("--prompt", default="", help="style of the prompt (default: the official one)")
     parser.add_argument("--rule", default="", help="rule of the verdicts; kept answers need no model again")
     parser.add_argument("--way", default="generate", choices=ANSWER_WAYS, help="generate, or compare choices")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (default: by benchmark)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=0, help="longest answer (default: by benchmark)"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time; changes no answer")
     parser.add_argument("--limit", type=int, default=0, help="about so many questions of each benchmark")
     parser.add_argument("--blind", action="store_true", help="ask without the images, too")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     return parser
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #2d267c7d
+# %% ../../nbs/lib/reporting/55_score.ipynb #4a317ae8
 @command
 def main(
     arguments: list[str] | None = None,  # the command line by default
@@ -270,11 +295,11 @@ def main(
     try:
         print(score(options.pop("models"), names, **options))
     except KeyboardInterrupt:
-        print("\naligned_mllm: stopped. Run the same command again to go on from here", file=sys.stderr)
+        print("\naligned_mllm: stopped. Run the same command again to resume from here", file=sys.stderr)
         return 130
     return 0
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #94c072e0
+# %% ../../nbs/lib/reporting/55_score.ipynb #303c3a20
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())
