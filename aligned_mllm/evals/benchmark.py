@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIKELIHOOD', 'SHORT', 'DIRECT', 'LETTER', 'Rule', 'BENCHMARKS', 'BenchmarkQuestion', 'with_prompt', 'verdict_table',
-           'all_right', 'mean_verdict', 'Benchmark', 'register_benchmark', 'benchmark_named', 'chosen_from']
+           'all_right', 'mean_verdict', 'Benchmark', 'register_benchmark', 'all_benchmarks', 'benchmark_named',
+           'chosen_from']
 
 # %% ../../nbs/lib/evals/32_benchmark.ipynb #99d56926
 import importlib
@@ -165,15 +166,20 @@ def register_benchmark(
     BENCHMARKS[benchmark.name] = benchmark
     return benchmark
 
-# %% ../../nbs/lib/evals/32_benchmark.ipynb #439087d8
-def benchmark_named(
-    name: str,
-) -> Benchmark:
-    "A benchmark; the pages of this package register theirs. Raises InputError for an unknown name."
+# %% ../../nbs/lib/evals/32_benchmark.ipynb #a4c2789a
+def all_benchmarks() -> dict[str, Benchmark]:
+    "All registered benchmarks by name, after import of the pages of this package, which register theirs."
     package = importlib.import_module("aligned_mllm.evals.benchmarks")
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
-    return chosen_from(BENCHMARKS, name, "benchmark")
+    return BENCHMARKS
+
+# %% ../../nbs/lib/evals/32_benchmark.ipynb #24f936cf
+def benchmark_named(
+    name: str,
+) -> Benchmark:
+    "A benchmark. Raises InputError for an unknown name."
+    return chosen_from(all_benchmarks(), name, "benchmark")
 
 # %% ../../nbs/lib/evals/32_benchmark.ipynb #934cce8d
 def chosen_from(

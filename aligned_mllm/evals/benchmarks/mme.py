@@ -28,14 +28,18 @@ def _rows(folder: Path) -> Iterator[Row] | None:
     files = sorted(path for name in PERCEPTION + COGNITION for path in (folder / name).glob("**/*.txt"))
     return (row for path in files for row in _lines(path, folder)) if files else None
 
-# %% ../../../nbs/lib/evals/benchmarks/41_mme.ipynb #6802cc62
+# %% ../../../nbs/lib/evals/benchmarks/41_mme.ipynb #de0673d5
 def _lines(path: Path, folder: Path) -> Iterator[Row]:
     "The questions about one picture; raises InputError for a line of another form."
     place = path.parent.parent / "images" if path.parent.name == "questions_answers_YN" else path.parent
     found = [place / f"{path.stem}{end}" for end in (".jpg", ".png", ".jpeg")]
     image = next((each for each in found if each.is_file()), found[0]).relative_to(folder)
     category = path.relative_to(folder).parts[0]
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {error}", "a text in UTF-8", "restore the published file") from None
+    for number, line in enumerate(lines, 1):
         parts = line.split("\t")
         if len(parts) != 2:
             found = f"{path}:{number}: {line[:60]!r}"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #4a85a2ed
+# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #271e61ab
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,40 +21,40 @@ def _vqav2_rows(folder: Path) -> Iterator[Row] | None:
     files = sorted(folder.glob("v2_OpenEnded_mscoco_*_questions.json"))
     return (row for path in files for row in _joined(path)) if files else None
 
-# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #39b8b04e
+# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #429cdc76
 def _joined(path: Path) -> Iterator[Row]:
     "The questions of a file. Raises InputError if there are answers, but not to each."
     part = path.name.removeprefix("v2_OpenEnded_mscoco_").removesuffix("_questions.json")
     answers = path.parent / f"v2_mscoco_{part}_annotations.json"
-    known = (
-        {row.number("question_id"): row.values for row in json_rows(answers)} if answers.is_file() else None
-    )
+    rows = json_rows(answers) if answers.is_file() else ()
+    known = {row.number("question_id"): _people(row) for row in rows}
     for row in json_rows(path):
         number = row.number("question_id")
-        if known is not None and number not in known:
+        if known and number not in known:
             raise row.fault(f"question {number} is not in {answers.name}", "an annotation for each question")
-        row.values |= known[number] if known else {}
+        row.values |= known.get(number, {})
         row.values["image"] = f"COCO_{part.split('-')[0]}_{row.number('image_id'):012d}.jpg"
         yield row
 
-# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #71bb978a
-def _read(row: Row, image: str = "") -> BenchmarkQuestion:
-    "A question and the answers of ten people: texts, or objects with the text."
-    found = row.get("answers") or []
-    if not isinstance(found, (list, tuple, str)):
-        raise row.fault(f"'answers' is {str(found)[:60]!r}", "a list of texts, or of objects with 'answer'")
-    found = (
-        [each.get("answer") if isinstance(each, dict) else each for each in found]
-        if not isinstance(found, str)
-        else found
-    )
+# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #b4f999ee
+def _people(row: Row) -> dict:
+    "The answers of ten people, published as texts or as objects with the text, and the kind of answer."
+    found = row.get("answers")
+    if isinstance(found, list):
+        found = [each.get("answer") if isinstance(each, dict) else each for each in found]
     answers = Row({"answers": found}, row.where).texts("answers")
+    return {"answers": [*map(sys.intern, answers)], "answer_type": row.text("answer_type", default="all")}
+
+# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #5f8a8736
+def _read(row: Row, image: str = "") -> BenchmarkQuestion:
+    "A question and the answers of ten people."
+    people = _people(row)
     return BenchmarkQuestion(
         id=row.text("question_id", "index", default=str(row.order)),
         images=(row.picture("image") if row.get("image") else row.find(image, row.where),),
         prompt=row.text("question"),
-        answers=answers,
-        category=row.text("answer_type", default="all"),
+        answers=tuple(people["answers"]),
+        category=people["answer_type"],
         details={"ocr": ", ".join(row.texts("ocr_tokens"))},
     )
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['WHATSUP_SETS', 'PLACE_NAMES', 'arrangement_scores']
 
-# %% ../../../nbs/lib/evals/benchmarks/44_whatsup.ipynb #21e4d28c
-import json
+# %% ../../../nbs/lib/evals/benchmarks/44_whatsup.ipynb #6353763f
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ...core import InputError
+from ...core import InputError, load_json
 from ..benchmark import LIKELIHOOD, Benchmark, BenchmarkQuestion, all_right
 from ..benchmark import mean_verdict, register_benchmark
 from ..benchmark_rows import Row
@@ -55,13 +54,17 @@ def _rows(
         else None
     )
 
-# %% ../../../nbs/lib/evals/benchmarks/44_whatsup.ipynb #2fbdd737
+# %% ../../../nbs/lib/evals/benchmarks/44_whatsup.ipynb #14347bb3
 def _set_rows(
     folder: Path, name: str, file: str, place: str, prompts: str, with_prompts: bool
 ) -> Iterator[Row]:
     "The rows of one set. Raises InputError for another form, and for prompts that do not match them."
     path = folder / file
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = load_json(path)
+    if not isinstance(rows, list):
+        raise InputError(
+            f"{path} holds a {type(rows).__name__}", "a list of rows", "restore the published file"
+        )
     asked = [{}] * len(rows)
     if with_prompts:
         found = sorted(folder.glob(f"**/{prompts}"))
