@@ -426,6 +426,8 @@ def test_a_data_set_of_the_hub(name, tmp_path, monkeypatch):
     for source in ("hub", "someone/copy@main", data):
         question = open_questions(name, source)[0]
         assert facts(question) == tuple(expected) and question.pictures()[0].size == (5, 4)
+    with pytest.raises(InputError, match="one split"):
+        open_questions(name, datasets.DatasetDict(test=data))
     own = {"split": benchmark.split}
     assert asked[0] == ((benchmark.hub, benchmark.config), own)
     assert asked[1] == (("someone/copy", benchmark.config), {**own, "revision": "main"}) and len(asked) == 2

@@ -92,7 +92,7 @@ class PictureFolder:
                 "download them, or name their folder",
             )
 
-# %% ../../nbs/lib/evals/36_benchmark_data.ipynb #678b7e15
+# %% ../../nbs/lib/evals/36_benchmark_data.ipynb #04ef00f6
 def open_questions(
     benchmark: Benchmark | str,  # or its name
     source,  # a folder, a file, OWNER/NAME of the hub, a `datasets.Dataset`; "hub" for the published one
@@ -111,6 +111,11 @@ def open_questions(
     if source == "hub" and not benchmark.hub:
         raise InputError(f"{benchmark.name} on the hub", f"a folder with {benchmark.files[0]}", "download it")
     if hasattr(source, "column_names"):
+        if isinstance(source, dict) or not hasattr(source, "__len__"):
+            fault = f"a {type(source).__name__} of the benchmark {benchmark.name}"
+            raise InputError(
+                fault, "one split with a length", f"pass source[{benchmark.split!r}], not streamed"
+            )
         rows = dataset_rows(source)
     elif source == "hub" or (is_hub_id(source) and "/" in str(source)):
         rows = hub_rows(benchmark.hub if source == "hub" else source, benchmark.config, benchmark.split)

@@ -56,7 +56,7 @@ def _read_chartqa(row: Row) -> BenchmarkQuestion:
         category=next((name for name in ("human", "augmented") if name in kind), "all"),
     )
 
-# %% ../../../nbs/lib/evals/benchmarks/47_short_answers.ipynb #653a61d3
+# %% ../../../nbs/lib/evals/benchmarks/47_short_answers.ipynb #8197528f
 register_benchmark(
     Benchmark(
         name="chartqa",
@@ -67,7 +67,7 @@ register_benchmark(
         rules={"official": relaxed_rule, "strict": strict_relaxed_rule},
         files=("test_human.json", "test_augmented.json", "ChartQA_TEST.tsv"),
         pictures=("", "png", "images"),
-        hub="lmms-lab-encoder/ChartQA",
+        hub="lmms-lab/ChartQA",
     )
 )
 

@@ -36,14 +36,17 @@ def _joined(path: Path) -> Iterator[Row]:
         row.values["image"] = f"COCO_{part.split('-')[0]}_{row.number('image_id'):012d}.jpg"
         yield row
 
-# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #b4f999ee
+# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #eb7ee7fb
 def _people(row: Row) -> dict:
     "The answers of ten people, published as texts or as objects with the text, and the kind of answer."
     found = row.get("answers")
     if isinstance(found, list):
         found = [each.get("answer") if isinstance(each, dict) else each for each in found]
     answers = Row({"answers": found}, row.where).texts("answers")
-    return {"answers": [*map(sys.intern, answers)], "answer_type": row.text("answer_type", default="all")}
+    return {
+        "answers": [*map(sys.intern, answers)],
+        "answer_type": row.text("answer_type", "category", default="all"),
+    }
 
 # %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #5f8a8736
 def _read(row: Row, image: str = "") -> BenchmarkQuestion:
@@ -100,7 +103,7 @@ register_benchmark(
     )
 )
 
-# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #5a9b91e5
+# %% ../../../nbs/lib/evals/benchmarks/46_vqa.ipynb #90191180
 register_benchmark(
     Benchmark(
         name="vizwiz",
@@ -116,7 +119,7 @@ register_benchmark(
         rules={"official": vqa_rule, "llava": evalai_rule},
         files=("val.json", "test.json"),
         pictures=("", "val", "test", "images"),
-        hub="lmms-lab-encoder/VizWiz-VQA",
+        hub="lmms-lab/VizWiz-VQA",
         split="val",
     )
 )
