@@ -54,7 +54,7 @@ def benchmark_rows_in(
     )
     raise InputError(f"no file of the benchmark {benchmark.name} in {folder}", expected, remedy)
 
-# %% ../../nbs/lib/evals/36_benchmark_data.ipynb #465c8c71
+# %% ../../nbs/lib/evals/36_benchmark_data.ipynb #4194cc72
 class PictureFolder:
     "Finds pictures below a folder by name, and remembers the missing ones."
 
@@ -67,21 +67,24 @@ class PictureFolder:
         self.folder = folder
         self.places = places
         self.follow_links = follow_links
-        self.missing: list[str] = []
+        self.found: dict[str, Path] = {}
+        self.missing: dict[str, str] = {}  # the first place of each name
 
     def find(self, name: str, where: str) -> Path:
         "The path of a picture. Raises InputError for one outside the folder; a missing one is remembered."
-        for place in self.places:
-            path = path_inside(self.folder, str(Path(place) / name), self.follow_links)
-            if path.is_file():
-                return path
-        self.missing.append(f"{name} ({where})")
-        return self.folder / name
+        if name not in self.found:
+            paths = (
+                path_inside(self.folder, f"{place or '.'}/{name}", self.follow_links) for place in self.places
+            )
+            self.found[name] = next((path for path in paths if path.is_file()), self.folder / name)
+            if not self.found[name].is_file():
+                self.missing[name] = where
+        return self.found[name]
 
     def require_all(self) -> None:
         "Raises InputError if a picture was missing."
         if self.missing:
-            first = "; ".join(self.missing[:3])
+            first = "; ".join(f"{name} ({where})" for name, where in list(self.missing.items())[:3])
             places = " or ".join(repr(place or ".") for place in self.places)
             raise InputError(
                 f"{counted(len(self.missing), 'picture')} missing in {self.folder}, the first: {first}",
@@ -89,7 +92,7 @@ class PictureFolder:
                 "download them, or name their folder",
             )
 
-# %% ../../nbs/lib/evals/36_benchmark_data.ipynb #40d0381d
+# %% ../../nbs/lib/evals/36_benchmark_data.ipynb #04ef00f6
 def open_questions(
     benchmark: Benchmark | str,  # or its name
     source,  # a folder, a file, OWNER/NAME of the hub, a `datasets.Dataset`; "hub" for the published one
@@ -105,7 +108,14 @@ def open_questions(
     template = chosen_from(benchmark.prompts, style, f"prompt style of {benchmark.name}")
     style = style or next(iter(benchmark.prompts))
     folder = Path(images or ".")
+    if source == "hub" and not benchmark.hub:
+        raise InputError(f"{benchmark.name} on the hub", f"a folder with {benchmark.files[0]}", "download it")
     if hasattr(source, "column_names"):
+        if isinstance(source, dict) or not hasattr(source, "__len__"):
+            fault = f"a {type(source).__name__} of the benchmark {benchmark.name}"
+            raise InputError(
+                fault, "one split with a length", f"pass source[{benchmark.split!r}], not streamed"
+            )
         rows = dataset_rows(source)
     elif source == "hub" or (is_hub_id(source) and "/" in str(source)):
         rows = hub_rows(benchmark.hub if source == "hub" else source, benchmark.config, benchmark.split)
@@ -120,7 +130,8 @@ def open_questions(
     pictures = PictureFolder(folder, benchmark.pictures, follow_links)
     found: dict[str, str] = {}
     questions = []
-    for row in rows:
+    for order, row in enumerate(rows):
+        row.order = order
         row.find = pictures.find
         question = benchmark.read(row)
         if question is None:

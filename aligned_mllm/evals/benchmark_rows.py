@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['StoredPicture', 'StoredCount', 'Row']
 
-# %% ../../nbs/lib/evals/30_benchmark_rows.ipynb #a8583082
+# %% ../../nbs/lib/evals/30_benchmark_rows.ipynb #f986848c
 import ast
 import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 
 from PIL import Image
 
@@ -41,7 +42,7 @@ def _is_blank(
     "Whether there is nothing: None, NaN, a text of spaces, no picture."
     return value is None or value != value or (isinstance(value, str) and not value.strip()) or value == []
 
-# %% ../../nbs/lib/evals/30_benchmark_rows.ipynb #42522a48
+# %% ../../nbs/lib/evals/30_benchmark_rows.ipynb #98ceb18b
 class Row:
     "A row of a published file. Every value is checked when it is read; raises InputError with its place."
 
@@ -58,6 +59,7 @@ class Row:
         self.content = content
         self.find = find
         self.file = file
+        self.order = 0  # its place among all rows, from 0
 
     def fault(self, found: str, expected: str) -> InputError:
         "The error for something found in this row."
@@ -70,14 +72,19 @@ class Row:
         values = (self.values.get(name) for name in names)
         return next((value for value in values if not _is_blank(value)), None)
 
+    def column(self, *names: str) -> str:
+        "The first of these names that has a value, for messages; else the first."
+        return next((name for name in names if not _is_blank(self.values.get(name))), names[0])
+
     def text(self, *names: str, default: str | None = None) -> str:
         "A text or a number as text; without a default it must be there."
         value = self.get(*names)
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            found = f"{' or '.join(map(repr, names))} is {str(value)[:60]!r}"
-            raise self.fault(found, f"a text; the row has {sorted(map(str, self.values))[:12]}")
+            names = " or ".join(map(repr, names)) if value is None else repr(self.column(*names))
+            found = f"{names} is {str(value)[:60]}"
+            raise self.fault(found, f"a text (the row has {', '.join(map(str, list(self.values)[:12]))})")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         return str(value).strip()
@@ -89,31 +96,41 @@ class Row:
             try:
                 value = ast.literal_eval(value)
             except (ValueError, SyntaxError):
-                raise self.fault(f"{names[0]!r} is {value[:60]!r}", "a list of texts") from None
+                raise self.fault(f"{self.column(*names)!r} is {value[:60]!r}", "a list of texts") from None
         value = [value] if isinstance(value, (str, int, float)) else value or []
         if not all(isinstance(each, (str, int, float)) for each in value):
-            raise self.fault(f"{names[0]!r} is {str(value)[:60]!r}", "a list of texts")
+            raise self.fault(f"{self.column(*names)!r} is {str(value)[:60]!r}", "a list of texts")
         return tuple(str(each) for each in value)
 
     def number(self, *names: str) -> int:
         "A whole number, perhaps written as text."
         text = self.text(*names)
         if not re.fullmatch(r"-?\d+", text):
-            raise self.fault(f"{names[0]!r} is {text[:60]!r}", "a whole number")
+            raise self.fault(f"{self.column(*names)!r} is {text[:60]!r}", "a whole number")
         return int(text)
 
     def label(self, *names: str, of: Sequence[str]) -> tuple[str, ...]:
         "The published answer as one of `of`, without regard to case; () if none is published."
         text = self.text(*names, default="")
-        found = [each for each in of if each.lower() == text.strip("().").lower()]
-        if text and not found:
-            raise self.fault(f"{names[0]!r} is {text[:60]!r}", f"one of {list(of)}, or nothing")
+        found = [each for each in of if each.lower() == text.strip("(). ").lower()]
+        if text and text != "?" and not found:
+            raise self.fault(f"{self.column(*names)!r} is {text[:60]!r}", f"one of {list(of)}, or nothing")
         return tuple(found)
+
+    def options(self, *names: str) -> tuple[str, ...]:
+        "The texts in these columns, up to the first that is empty."
+        values = [self.text(name, default="") for name in names]
+        empty = [text.lower() in ("", "nan") for text in values]
+        return tuple(values[: empty.index(True)] if True in empty else values)
+
+    def letter(self, *names: str, count: int) -> tuple[str, ...]:
+        "The letter of the right one of `count` options; () if none is published."
+        return self.label(*names, of=ascii_uppercase[:count])
 
     def picture(self, *names: str, number: int = 0) -> Path | StoredPicture:
         "The picture that one of these columns names or holds."
         value = self.get(*names)
-        column = next((name for name in names if not _is_blank(self.values.get(name))), names[0])
+        column = self.column(*names)
         if isinstance(value, list):
             value = value[number] if number < len(value) else None
         if isinstance(value, StoredCount) and number < value:

@@ -44,7 +44,7 @@ def json_rows(
                 raise InputError(f"{place}: {str(values)[:60]}", "an object", "restore the published file")
             yield Row(values, place, file=path.name)
 
-# %% ../../nbs/lib/evals/31_benchmark_tables.ipynb #7d0343e5
+# %% ../../nbs/lib/evals/31_benchmark_tables.ipynb #31c58543
 class CsvTable:
     "The rows of a CSV file, or of a TSV file (by its name), with pictures as files or in base64."
 
@@ -65,19 +65,18 @@ class CsvTable:
                 position += len(line)
                 yield line.decode("utf-8-sig" if position == len(line) else "utf-8")
 
-        with open(self.path, "rb") as handle:
-            handle.seek(start)
-            reader = csv.reader(lines(handle), strict=True, **self.options)
-            try:
-                while True:
-                    first, line = position, reader.line_num + 1
-                    cells = next(reader, None)
-                    if cells is None:
-                        return
+        line = 1
+        try:
+            with open(self.path, "rb") as handle:
+                handle.seek(start)
+                reader = csv.reader(lines(handle), strict=True, **self.options)
+                first = position
+                for cells in reader:
                     yield first, line, cells
-            except (csv.Error, UnicodeDecodeError) as error:
-                fault = f"{self.path}, line {reader.line_num + 1} ({error})"
-                raise InputError(fault, "a CSV or TSV file in UTF-8", "restore the file") from None
+                    first, line = position, reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError, OSError) as error:
+            fault = f"{self.path}, line {line} ({error})"
+            raise InputError(fault, "a CSV or TSV file in UTF-8", "restore the file") from None
 
     def __iter__(self) -> Iterator[Row]:
         rows = self._rows_from(0)
@@ -159,7 +158,7 @@ def _arrow_bytes(read: Callable, row: int, where: str, column: str, number: int)
         )
     return content
 
-# %% ../../nbs/lib/evals/31_benchmark_tables.ipynb #ddde5a7d
+# %% ../../nbs/lib/evals/31_benchmark_tables.ipynb #ad1e3972
 def parquet_rows(
     path: Path,  # a Parquet file
 ) -> Iterator[Row]:
@@ -188,7 +187,7 @@ def parquet_rows(
             yield from _arrow_rows(table, pictures, str(path), start, read)
             start += file.metadata.row_group(number).num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        fault = f"{path}: {' '.join(str(error).split())[:200]}"
+        fault = f"{path}: {' '.join(str(error).split())[:200].rstrip('.')}"
         raise InputError(fault, "a Parquet file", "restore the file") from None
 
 # %% ../../nbs/lib/evals/31_benchmark_tables.ipynb #4b76bd9b

@@ -12,7 +12,7 @@ from ..answer_rules import clear_yes_no, pope_yes_no, viral_yes_no, whole_yes_no
 from ..benchmark import SHORT, Benchmark, BenchmarkQuestion, register_benchmark
 from ..benchmark_rows import Row
 
-# %% ../../../nbs/lib/evals/benchmarks/40_pope.ipynb #66b8befe
+# %% ../../../nbs/lib/evals/benchmarks/40_pope.ipynb #ed4c0cd0
 def binary_scores(
     verdicts: pd.DataFrame,  # expected is yes or no
 ) -> dict[str, float]:
@@ -23,7 +23,8 @@ def binary_scores(
     positive = judged.expected.str.lower() == "yes"
     predicted = positive == right  # wrong about a "no" is a "yes"
     hits = (predicted & positive).sum()
-    found = {"F1": 2 * hits / (predicted.sum() + positive.sum()) if len(judged) else float("nan")}
+    asked = predicted.sum() + positive.sum()
+    found = {"F1": 2 * hits / asked if asked else float("nan")}
     found |= {
         "accuracy": right.mean(),
         "precision": right[predicted].mean(),
