@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from html import escape
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import FORKS, into_file
 from PIL import Image, ImageDraw
+from test_benchmarks import FILES, NAMES, TABLES, folder_of, write_table
 from tiny_models import tiny
 
 from aligned_mllm.cli import main as cli
@@ -318,6 +320,27 @@ def load_json_checksum(source) -> str:
     from aligned_mllm.models.load import load_model
 
     return checksum(load_model(source)[0])
+
+
+def test_every_benchmark_is_scored(models, tmp_path):
+    "From its published form to its score, with the right way of asking; nothing is cut off the table."
+    for name in NAMES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        if name in FILES:
+            folder_of(name, tmp_path / "data" / name)
+        else:
+            file, row, _ = TABLES[name]
+            write_table(tmp_path / "data" / name / file, [row])
+    output = tmp_path / "scores"
+    pair = [models / "first", models / "second"]
+    score(pair, NAMES, tmp_path / "data", output, max_new_tokens=2, draws=5)
+    page = (output / "scores.html").read_text(encoding="utf-8")
+    for name in NAMES:
+        facts = load_json(output / "first" / name / "scores.json")
+        assert facts["questions"] == facts["total"] > 0 and facts["scores"], name
+        assert facts["way"] == ("likelihood" if name == "whatsup" else "generate")
+        assert page.count(escape(benchmark_named(name).title)) >= 3
+    assert len(pd.read_csv(output / "differences.csv")) == len(NAMES)
 
 
 def test_bad_input_is_one_line_and_status_2(models, data, tmp_path, capsys):

@@ -88,8 +88,10 @@ def drawn_scores(
                 np.nan_to_num(values) @ counts, total, where=total > 0, out=found[number]
             )
         return found
+    names_of_units = np.array([f"unit {number}" for number in range(len(verdicts))], dtype=object)
     for number, (rows, units) in enumerate(unit_draws(verdicts, draws, seed)):
-        scores = aggregate(verdicts.take(rows).assign(unit=units))
+        table = verdicts.take(rows).reset_index(drop=True)
+        scores = aggregate(table.assign(unit=names_of_units[units]))
         found[number] = [scores.get(name, np.nan) for name in names]
     return found
 

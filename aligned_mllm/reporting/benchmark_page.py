@@ -49,7 +49,7 @@ def result_table(
                 "value (95 % interval)": _shown(first.value, first.low, first.high),
             }
             row |= {"blind": _shown(first.blind), "majority": _shown(first.majority), "unparsed": unparsed}
-        rows.append({**row, "over": counted(each.facts["units"], each.benchmark.unit)})
+        rows.append({**row, "units": f"{each.facts['units']:,} ({each.benchmark.unit})"})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #0cee6e1d
@@ -207,7 +207,7 @@ def changed_cards(
                 f"<table class=answers>{answers}</table></div>"
             )
     counted_kinds = f"than {escape(first.model)}: {', '.join(parts) or 'none'}.</p>"
-    return f"{title}{counted_kinds}<div class=cards>{''.join(cards)}</div>"
+    return f"{title}{counted_kinds}<div class=cards style='margin-bottom:28px'>{''.join(cards)}</div>"
 
 # %% ../../nbs/lib/reporting/52_benchmark_page.ipynb #f3a223f6
 def _benchmark_section(
@@ -220,7 +220,7 @@ def _benchmark_section(
     way = {"generate": f"greedy answers of up to {facts['max_new_tokens']} tokens"}.get(
         facts["way"], f"the likeliest choice ({facts['way']})"
     )
-    units = "" if benchmark.unit == "question" else f", {counted(facts['units'], benchmark.unit)}"
+    units = "" if benchmark.unit == "question" else f", units: {facts['units']:,} ({benchmark.unit})"
     parts.append(
         f"<p>{counted(facts['questions'], 'question')}{units}; prompt {escape(facts['prompt'])}; rule "
         f"{escape(facts['rule'])}; {escape(way)}.</p>"

@@ -201,7 +201,7 @@ def score(
     images: str | Path | None = None,  # folder of the pictures, if it is another one
     prompt: str = "",  # style; the official one by default, with likelihoods the one for them
     rule: str = "",  # the official one by default
-    way: str = "generate",  # one of ANSWER_WAYS
+    way: str = "",  # one of ANSWER_WAYS; by default likelihood where the prompt is for it, else generate
     max_new_tokens: int = 0,  # longest answer; 0: by benchmark
     batch_size: int = 16,  # questions at a time; the answers do not depend on it
     limit: int = 0,  # about so many questions of each benchmark; 0: all
@@ -212,7 +212,7 @@ def score(
     """Ask, judge, compare; write OUTPUT/MODEL/BENCHMARK/ (answers, verdicts, scores) and the page
     OUTPUT/scores.html, which is returned. Resumes where it was stopped. Raises InputError."""
     output = Path(output)
-    if way not in ANSWER_WAYS or not isinstance(getattr(torch, dtype, None), torch.dtype) or limit < 0:
+    if way not in ("", *ANSWER_WAYS) or not isinstance(getattr(torch, dtype, None), torch.dtype) or limit < 0:
         found = f"way {way!r}, dtype {dtype!r}, limit {limit}"
         raise InputError(
             found, f"one of {', '.join(ANSWER_WAYS)}, float32 or bfloat16, 0 or more", "correct it"
@@ -221,10 +221,12 @@ def score(
     jobs = []
     for benchmark in chosen:
         chosen_from(benchmark.rules, rule, f"rule of {benchmark.name}")
-        style = prompt or (LIKELIHOOD if way != "generate" and LIKELIHOOD in benchmark.prompts else "")
+        compared = way.startswith(LIKELIHOOD) and LIKELIHOOD in benchmark.prompts
+        style = prompt or (LIKELIHOOD if compared else next(iter(benchmark.prompts)))
         every = open_questions(benchmark, data, style, images)
         tokens = max_new_tokens or LONGEST_ANSWERS.get(benchmark.name, LONGEST_ANSWER)
-        settings = {"prompt": style or next(iter(benchmark.prompts)), "way": way, "max_new_tokens": tokens}
+        usual = LIKELIHOOD if style == LIKELIHOOD else "generate"
+        settings = {"prompt": style, "way": way or usual, "max_new_tokens": tokens}
         settings |= {"rule": rule, "limit": limit, "blind": blind, "batch_size": batch_size, "draws": draws}
         jobs.append((benchmark, every, settings))
     models = _sources(sources, output, dtype)
@@ -270,7 +272,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", default="scores", help="folder of answers, tables and scores.html")
     parser.add_argument("--prompt", default="", help="style of the prompt (default: the official one)")
     parser.add_argument("--rule", default="", help="rule of the verdicts; kept answers need no model again")
-    parser.add_argument("--way", default="generate", choices=ANSWER_WAYS, help="generate, or compare choices")
+    parser.add_argument(
+        "--way",
+        default="",
+        choices=ANSWER_WAYS,
+        help="generate answers, or compare the likelihood of choices (default: as the prompt is meant)",
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=0, help="longest answer (default: by benchmark)"
     )
@@ -299,7 +306,7 @@ def main(
         return 130
     return 0
 
-# %% ../../nbs/lib/reporting/55_score.ipynb #303c3a20
+# %% ../../nbs/lib/reporting/55_score.ipynb #4ff8da30
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())
