@@ -308,14 +308,14 @@ def test_an_adapter_is_scored(models, data, tmp_path):
     score([tmp_path / "adapter"], ["pope"], data, output, limit=4, way="likelihood", draws=40)
     facts = load_json(output / "adapter" / "pope" / "scores.json")
     assert facts["way"] == "likelihood" and facts["unparsed"] == 0 and facts["questions"] == 4
-    assert facts["checksum"] != load_json_checksum(models / "first")
+    assert facts["checksum"] != checksum_of(models / "first")
     answers = [
         json.loads(line) for line in open(output / "adapter" / "pope" / "answers.jsonl", encoding="utf-8")
     ]
     assert {each["answer"] for each in answers} <= {"Yes", "No"} and len(answers[0]["log_likelihoods"]) == 2
 
 
-def load_json_checksum(source) -> str:
+def checksum_of(source) -> str:
     from aligned_mllm.core import checksum
     from aligned_mllm.models.load import load_model
 
@@ -361,12 +361,10 @@ def test_bad_input_is_one_line_and_status_2(models, data, tmp_path, capsys):
     assert "processor" in refused(str(tmp_path / "bare"), "--benchmarks", "pope", *there)
     assert "rule of pope" in refused(first, "--benchmarks", "pope", *there, "--rule", "mild")
     assert "twice" in refused(first, first, "--benchmarks", "pope", *there)
-    assert (
-        not list((tmp_path / "scores").glob("*/*/answers.jsonl")) if (tmp_path / "scores").exists() else True
-    )
+    assert not list(tmp_path.glob("scores/*/*/answers.jsonl"))
     (data / "val2014" / "0.png").rename(tmp_path / "0.png")
     try:
-        assert "4 pictures missing" in refused(first, "--benchmarks", "pope", *there)
+        assert "picture missing" in refused(first, "--benchmarks", "pope", *there)
     finally:
         (tmp_path / "0.png").rename(data / "val2014" / "0.png")
     assert cli(["score", "--run", str(tmp_path / "nowhere"), *there]) == 2
