@@ -107,7 +107,7 @@ def _add_inside_options(
 # %% ../nbs/lib/30_cli.ipynb #71f92276
 PASSED_ON = {  # commands with a module of their own: its name, and what it does
     "train": ("aligned_mllm.train", "train any image-text model"),
-    "score": ("aligned_mllm.evals.task", "ask a trained model and score its answers"),
+    "score": ("aligned_mllm.reporting.score", "score models on benchmarks, or a run on its records"),
     "app": ("aligned_mllm.apps.serve", "ask and compare models in a browser, on this machine only"),
 }
 
