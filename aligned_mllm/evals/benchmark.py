@@ -109,9 +109,9 @@ def all_right(
     verdicts: pd.DataFrame,  # from `verdict_table`
 ) -> pd.Series:
     "1 for each unit with all rows right, 0 for one with a wrong row, else NaN; by unit."
-    units = verdicts.groupby("unit", sort=False).verdict
-    lowest = units.min()
-    return lowest.where(~units.apply(lambda rows: rows.isna().any()) | (lowest < 1))
+    lowest = verdicts.groupby("unit", sort=False).verdict.min()
+    unparsed = verdicts.verdict.isna().groupby(verdicts.unit, sort=False).any()
+    return lowest.where(~unparsed | (lowest < 1))
 
 # %% ../../nbs/lib/evals/32_benchmark.ipynb #ca463381
 def mean_verdict(
