@@ -72,6 +72,10 @@ class Samples(Dataset):
         self.cache = {}
         self.count = min(first_records or len(records), len(records))
 
+    def __getstate__(self) -> dict:
+        "For a process that does not share this one's memory: it makes all pixels."
+        return {**self.__dict__, "needed": {}}
+
     def __len__(self):
         return self.count
 
