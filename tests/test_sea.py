@@ -345,7 +345,7 @@ def test_labels_are_made_ahead_by_the_command(small_data, tmp_path, capsys):
     batch = next(iter(trainer.get_train_dataloader()))
     assert trainer.model.objectives["sea"].targets([batch])[0].count > 1
     assert trainer.model.objectives["sea"].labeller.labelled == 0
-    assert pickle.loads(pickle.dumps(trainer.train_dataset)).needed == {}  # for a worker with memory of its own
+    assert pickle.loads(pickle.dumps(trainer.train_dataset)).needed == {}  # memory is not shared
 
 
 def test_views_with_labels_need_no_pixels(small_data, tmp_path):
