@@ -256,7 +256,7 @@ def test_a_run_with_other_words_is_another_run(small_data, tmp_path):
         ({"sea.weight": -1.0}, "sea.weight -1.0. Expected: a weight of at least 0"),
         ({"sea.scorer": "value_path", "sea.template": "word"}, "sea.scorer, sea.template beside exact"),
         ({"sea.most_unlabelled": 0.1}, "raise sea.most_unlabelled"),
-        ({"sea.labels": "scenes_clip"}, "template=word"),
+        ({"sea.labels": "scenes_clip"}, "sea.template=word"),
         ({"sea.words": "nowhere.txt"}, "cannot be read"),
         ({"sea.target": "wrong"}, "sea.target"),
         ({"sea.vectors": "context", "sea.vectors_layer": 99}, "layers"),
