@@ -225,6 +225,7 @@ def _run_check(options: argparse.Namespace) -> int:
 # %% ../nbs/lib/30_cli.ipynb #c213492f
 def _run_inside(options: argparse.Namespace) -> None:
     "Measure models and write one page."
+    import aligned_mllm.training.labellers  # noqa: F401  registers exact labels
     from aligned_mllm.reporting.model_report import inside
 
     stop_on_signals()

@@ -2,15 +2,23 @@
 of independent computation; nothing is fetched."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from aligned_mllm.analysis.checkpoints import load_checkpoint
+from aligned_mllm.analysis.word_probe import probe_table
 from aligned_mllm.cli import main
 from aligned_mllm.core import data_folder, save_json
+from aligned_mllm.data.images import open_image
+from aligned_mllm.data.records import Records
 from aligned_mllm.evals.task import is_right
 from aligned_mllm.reporting.case import reference_teachers
 from aligned_mllm.reporting.model_report import inside
+from aligned_mllm.teachers.exact_labels import patch_shares
+from aligned_mllm.teachers.words import WordList
+from aligned_mllm.worlds.known_objects import KnownObjects
 from aligned_mllm.worlds.small_models import embedded_model
 
 
@@ -55,8 +63,6 @@ def test_the_command_measures_two_runs(runs, tmp_path, small_data, capsys):
         and more.isna()["plain"]
     )
 
-    from aligned_mllm.analysis.checkpoints import load_checkpoint
-    from aligned_mllm.data.records import Records
     from aligned_mllm.evals.task import answers_of
 
     asked = Records(tmp_path / "page" / "questions.jsonl", small_data)
@@ -109,6 +115,33 @@ def test_words_and_texts_can_be_named(runs, tmp_path, capsys):
     assert "Not measured: 0 words" in (page / "inside.html").read_text(encoding="utf-8")
     assert main([*common, "--texts", str(tmp_path / "none.txt")]) == 2
     assert "What to do" in capsys.readouterr().err
+
+
+def test_right_words_where_objects_are_known(runs, small_data, tmp_path, capsys):
+    "Against an independent count; the run's own words are in the list."
+    words = Path(runs[1]) / "words.txt"
+    words.write_text("left\t3\ncircle\t1\n", encoding="utf-8")
+    page = ["--output", str(tmp_path), "--questions", "20", "--pictures", "6", "--measures", "right_words"]
+    assert main(["inside", *runs, *page]) == 0
+    words.unlink()
+    found = pd.read_csv(tmp_path / "right_words.csv").set_index("model")
+    assert list(found.index) == ["plain", "viral"] and (found.patches > 10).all()
+    known = KnownObjects(small_data)
+    listed = WordList(tuple(dict.fromkeys(["left", "circle", *known.words])))
+    names = list(dict.fromkeys(each.images[0] for each in Records(small_data / "test.jsonl")[:20]))[:6]
+    images = [open_image(name, small_data) for name in names]
+    nearest = probe_table(load_checkpoint(runs[0]), images, listed, top=1)
+    shares = []
+    for (picture, row, column), word in nearest.set_index(["picture", "row", "column"]).word.items():
+        covers = [(each, patch_shares(mask, (0, 0, 1, 1), (5, 5))) for each, mask in known[names[picture]]]
+        right = {}
+        for own, share in covers:
+            for each in own:
+                right[each] = right.get(each, 0) + share[5 * row + column]
+        if labels := {each for each, share in right.items() if share >= 0.25}:
+            shares.append((picture, word in labels))
+    wanted = pd.DataFrame(shares, columns=["picture", "right"]).groupby("picture").right.mean().mean()
+    assert found.right["plain"] == pytest.approx(wanted)
 
 
 def test_what_cannot_be_measured_is_said(runs, tmp_path):

@@ -407,10 +407,13 @@ def test_caches_of_another_origin_are_refused(space, labeller, scenes, tmp_path)
     }
     for name, other in different.items():
         assert f"{name} " in message(LabelCache, folder, other, processor)
+    text = message(LabelCache, folder, different["background"], processor)
+    assert "was made by tiny random clip, surgery, now exact; it has background None; checksum" in text
+    assert text.count(";") == 6 and " more. Expected" in text
     geometries = {
         "do_pad": tiny("llava_padded")[1],
-        "merge_size": tiny("qwen2_5_vl")[1],
-        "image_processor.size": None,
+        "crop_size": tiny("qwen2_5_vl")[1],
+        "do_center_crop": None,
     }
     for name, other in geometries.items():
         assert name in message(LabelCache, folder, labeller, other)
@@ -444,6 +447,15 @@ def test_folders_that_are_not_label_caches_are_refused(labeller, pictures, tmp_p
     for content in (b"[]", b"null", b"{}", b"\xff", b""):
         (tmp_path / "labels" / "cache.json").write_bytes(content)
         assert "labels" in message(LabelCache, tmp_path / "labels", labeller)
+
+
+def test_labels_are_written_where_shapes_alone_are_made(labeller, pictures, tmp_path):
+    "As when a cache is collected while a model is made without memory."
+    cache = LabelCache(tmp_path / "labels", labeller)
+    put_all(cache, labeller, pictures)
+    with torch.device("meta"):
+        cache.flush()
+    assert len(LabelCache(tmp_path / "labels", labeller)) == len(NAMES)
 
 
 def test_a_shard_of_another_cache_is_refused(space, labeller, pictures, tmp_path):

@@ -294,7 +294,8 @@ def test_checkpoints_are_saved_at_steps_that_are_logged(tmp_path):
 
 def claimed(folder: Path, teacher: str = "a1", model: str = "owner/name", **settings) -> dict:
     "The refusal of a start with these settings, or the environment that is recorded."
-    objectives = {"viral": SimpleNamespace(teachers=lambda: [SimpleNamespace(checksum=teacher)])}
+    teachers = [SimpleNamespace(checksum=teacher)]
+    objectives = {"viral": SimpleNamespace(teachers=lambda: teachers, signature=dict, files=dict)}
     trainer = SimpleNamespace(
         model=SimpleNamespace(objectives=objectives),
         train_dataset=SimpleNamespace(records=SimpleNamespace(digest="d")),

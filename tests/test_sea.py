@@ -1,8 +1,10 @@
 """SEA: the choice of pairs and the loss against independent references, alone and in two processes."""
 
 import os
+import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,10 +21,14 @@ from aligned_mllm.objectives.contrastive import (
     windows_of,
 )
 
-from aligned_mllm.teachers.words import WordList
+from aligned_mllm.teachers.words import WordList, word_file
 from aligned_mllm.train import main as train
+from aligned_mllm.training.claim import claim_folder
 from aligned_mllm.training.config import configured
+from aligned_mllm.training.dry_run import dry_run
+from aligned_mllm.training.prepare import prepare
 from aligned_mllm.training.run import run, trainer_of
+from aligned_mllm.worlds.known_objects import KnownObjects
 from aligned_mllm.worlds.small_models import embedded_model
 
 FEW = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "use_cpu": True, "disable_tqdm": True}
@@ -181,6 +187,8 @@ def test_sea_in_eight_lines(small_data, tmp_path):
     trainer.train()
     record = load_json(tmp_path / "run" / "teachers.json")["sea"]
     assert record["before"] == record["after"] and "random" in record["name"]
+    words = word_file(tmp_path / "run" / "words.txt")
+    assert record["targets"]["word_list"] == words.digest and record["targets"]["scorer"] == "surgery"
     assert "loss_sea" in (tmp_path / "run" / "curves.csv").read_text(encoding="utf-8")
     assert not before.equal(model.model.multi_modal_projector.linear_1.weight)
     assert list((tmp_path / "labels").iterdir())
@@ -219,6 +227,22 @@ def test_without_a_text_loss_the_language_model_does_not_run(small_data, tmp_pat
     assert not calls
     curves = (tmp_path / "run" / "curves.csv").read_text(encoding="utf-8")
     assert "loss_sea" in curves
+    record = load_json(tmp_path / "run" / "teachers.json")["sea"]["targets"]
+    assert record["scorer"] == "exact" and record["model"] == KnownObjects(small_data).digest
+
+
+def test_a_run_with_other_words_is_another_run(small_data, tmp_path):
+    "The word file has changed since the run was stopped."
+    settings = {**FEW, "sea.labels": "random", "sea.most_unlabelled": 1.0}
+    settings["sea.words"] = str(tmp_path / "words.txt")
+    config = configured("scenes_stage1", small_data, tmp_path / "run", settings)
+    WordList(("circle", "square", "red")).save(tmp_path / "words.txt")
+    claim_folder(config, "scenes_stage1", trainer_of(config))
+    save_json({"step": 1}, tmp_path / "run" / "progress.json")
+    claim_folder(config, "scenes_stage1", trainer_of(config))
+    WordList(("circle", "square", "blue")).save(tmp_path / "words.txt")
+    with pytest.raises(InputError, match="sea.word_list was .* and is"):
+        claim_folder(config, "scenes_stage1", trainer_of(config))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +250,13 @@ def test_without_a_text_loss_the_language_model_does_not_run(small_data, tmp_pat
     [
         ({"sea.labels": ""}, "without labels"),
         ({"sea.labels": "./nowhere"}, "no CLIP or SigLIP"),
-        ({"sea.temperature": 0.0}, "temperature"),
+        ({"sea.temperature": 0.0}, "sea.temperature 0.0. Expected: a number from 0.001"),
+        ({"sea.top": 0}, "sea.top 0. Expected: a number from 1"),
+        ({"sea.window": 0}, "sea.window 0. Expected: a number from 1"),
+        ({"sea.weight": -1.0}, "sea.weight -1.0. Expected: a weight of at least 0"),
+        ({"sea.scorer": "value_path", "sea.template": "word"}, "sea.scorer, sea.template beside exact"),
+        ({"sea.most_unlabelled": 0.1}, "raise sea.most_unlabelled"),
+        ({"sea.labels": "scenes_clip"}, "sea.template=word"),
         ({"sea.words": "nowhere.txt"}, "cannot be read"),
         ({"sea.target": "wrong"}, "sea.target"),
         ({"sea.vectors": "context", "sea.vectors_layer": 99}, "layers"),
@@ -243,6 +273,58 @@ def test_words_that_the_language_model_does_not_know(small_data, tmp_path):
     settings = {**FEW, "sea.labels": "random", "sea.words": str(tmp_path / "words.txt")}
     with pytest.raises(InputError, match="zeppelin"):
         run("scenes_stage1", small_data, tmp_path / "run", settings)
+
+
+def test_one_word_is_no_contrast(small_data, tmp_path):
+    WordList(("circle",)).save(tmp_path / "words.txt")
+    settings = {**FEW, "sea.labels": "random", "sea.words": str(tmp_path / "words.txt")}
+    with pytest.raises(InputError, match="'circle'. Expected: at least two"):
+        run("scenes_stage1", small_data, tmp_path / "run", settings)
+
+
+def test_exact_labels_may_have_a_longer_list(small_data, tmp_path):
+    known = tuple(KnownObjects(small_data).words)
+    WordList((*known, "left")).save(tmp_path / "words.txt")
+    settings = {**FEW, **EXACT, "sea.words": str(tmp_path / "words.txt")}
+    trainer = trainer_of(configured("scenes_stage1", small_data, tmp_path / "run", settings))
+    assert trainer.model.objectives["sea"].labeller.words.words == (*known, "left")
+
+
+def test_text_features_can_be_kept_in_a_folder(small_data, tmp_path):
+    settings = {**FEW, "sea.labels": "random", "sea.most_unlabelled": 1.0}
+    settings["sea.word_features"] = str(tmp_path / "features")
+    trainer = trainer_of(configured("scenes_stage1", small_data, tmp_path / "run", settings))
+    features = trainer.model.objectives["sea"].labeller.labeller.features
+    kept = np.load(tmp_path / "features" / "features.npy")
+    assert features.dtype == torch.float16 and kept.shape == tuple(features.shape)
+
+
+def test_temperature_pairs_and_share_are_in_the_curves(small_data, tmp_path):
+    settings = {**FEW, **EXACT, "max_steps": 3, "save_steps": 3}  # the first step warms up
+    folder = run("scenes_stage1", small_data, tmp_path / "run", settings)
+    curves = pd.read_csv(folder / "curves.csv").pivot(index="step", columns="name", values="value")
+    assert len(curves["sea.temperature"].dropna().unique()) == 2  # it is learnt
+    assert (curves["sea.pairs"].dropna() > 1).all()
+    assert curves["sea.unlabelled"].dropna().between(0.5, 1).all()
+
+
+def test_a_dry_run_checks_the_layer_and_shows_the_choices(small_data, tmp_path):
+    settings = {**EXACT, "sea.labels": "random", "sea.negatives": "all"}
+    config = configured("scenes_stage1", small_data, "", {**settings, "use_cpu": True})
+    shown = dry_run("scenes_stage1", config)["Objective sea"]
+    assert shown["labels"] == "random by surgery" and shown["words"] == "of the training answers"
+    assert shown["template"] == "photo: a photo of a {}." and shown["negatives"] == "of all processes"
+    deep = {**settings, "sea.vectors": "context", "sea.vectors_layer": 99, "use_cpu": True}
+    with pytest.raises(InputError, match="99"):
+        dry_run("scenes_stage1", configured("scenes_stage1", small_data, "", deep))
+
+
+def test_the_command_names_what_is_missing(small_data, tmp_path, capsys):
+    words = ["--recipe", "scenes_stage1", "--data", str(small_data), "--prepare", "--set", "use_cpu=true"]
+    assert train([*words, "--set", "sea.labels=exact"]) == 2
+    assert "without a folder for them" in capsys.readouterr().err
+    assert train([*words, "--objective", "sea", "--teacher", "openai/clip-vit-base-patch32"]) == 2
+    assert "--set sea.labels=openai/clip-vit-base-patch32" in capsys.readouterr().err
 
 
 def test_labels_are_made_ahead_by_the_command(small_data, tmp_path, capsys):
@@ -263,3 +345,19 @@ def test_labels_are_made_ahead_by_the_command(small_data, tmp_path, capsys):
     batch = next(iter(trainer.get_train_dataloader()))
     assert trainer.model.objectives["sea"].targets([batch])[0].count > 1
     assert trainer.model.objectives["sea"].labeller.labelled == 0
+    assert pickle.loads(pickle.dumps(trainer.train_dataset)).needed == {}  # memory is not shared
+
+
+def test_views_with_labels_need_no_pixels(small_data, tmp_path):
+    "After prepare, the labeller's pixels are not made; without the cache they are."
+    settings = {**FEW, "sea.labels": "random", "sea.most_unlabelled": 1.0}
+    prepare("scenes_stage1", small_data, {**settings, "sea.label_cache": str(tmp_path / "labels")})
+    found = {}
+    for folder in ("labels", "none"):
+        settings["sea.label_cache"] = str(tmp_path / folder)
+        trainer = trainer_of(configured("scenes_stage1", small_data, tmp_path / "run", settings))
+        batch = next(iter(trainer.get_train_dataloader()))
+        found[folder] = batch["view_pixels"]["sea"]
+        assert trainer.model.objectives["sea"].targets([batch])[0].count > 1
+        assert (trainer.model.objectives["sea"].labeller.labelled == 0) == (folder == "labels")
+    assert set(found["labels"]) == {None} and all(pixels is not None for pixels in found["none"])

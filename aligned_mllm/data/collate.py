@@ -43,6 +43,8 @@ class Samples(Dataset):
         with_last_answer: bool = True,  # False: prompts to be answered
         # for each objective with a teacher, `pixels_of_view`: image, box, grid to (3, height, width)
         view_pixels: dict[str, Callable[[Image.Image, tuple, tuple], Tensor]] | None = None,
+        # for some, whether a view needs its pixels: image name, box, grid to bool; else None is there
+        needed: dict[str, Callable[[str, tuple, tuple], bool]] | None = None,
         max_length: int | None = None,  # longest sample in tokens
         too_long: str = "raise",  # or "leave_out": the next sample that fits takes its place
         first_records: int = 0,  # use only so many records; 0 uses all
@@ -59,6 +61,7 @@ class Samples(Dataset):
         self.with_last_answer = with_last_answer
         self.separate_turns = separate_turns
         self.view_pixels = view_pixels or {}
+        self.needed = needed or {}
         self.max_length = max_length
         kinds = {TooLong: too_long, BrokenSample: broken}
         self.passed_over = tuple(kind for kind, choice in kinds.items() if choice == "leave_out")
@@ -68,6 +71,10 @@ class Samples(Dataset):
         self.memory_left = cache_mib * 2**20  # bytes
         self.cache = {}
         self.count = min(first_records or len(records), len(records))
+
+    def __getstate__(self) -> dict:
+        "For a process that does not share this one's memory: it makes all pixels."
+        return {**self.__dict__, "needed": {}}
 
     def __len__(self):
         return self.count
@@ -129,18 +136,24 @@ class Samples(Dataset):
             sample = truncate(sample, self.max_length, record)
         sample |= {"image_names": list(names), "index": torch.tensor([index])}
         if self.view_pixels and images:
-            sample["view_pixels"] = self._pixels_of_views(sample, images)
+            sample["view_pixels"] = self._pixels_of_views(sample, names, images)
         size = _bytes_of(sample)
         if size <= self.memory_left:
             self.cache[index] = sample
             self.memory_left -= size
         return sample
 
-    def _pixels_of_views(self, sample: dict, images: list) -> dict[str, list[Tensor]]:
-        "For each objective that needs them, the pixels of every view of the sample."
+    def _pixels_of_views(self, sample: dict, names: Sequence[str], images: list) -> dict[str, list]:
+        "For each objective that needs them, the pixels of every view of the sample, None where it does not."
         places = zip(sample["view_of"].tolist(), sample["boxes"].tolist(), sample["grids"].tolist())
-        views = [(images[image], tuple(box), tuple(grid)) for image, box, grid in places]
-        return {label: [pixels(*view) for view in views] for label, pixels in self.view_pixels.items()}
+        views = [(image, tuple(box), tuple(grid)) for image, box, grid in places]
+        found = {}
+        for label, pixels in self.view_pixels.items():
+            needed = self.needed.get(label, lambda *view: True)
+            kept = [not needed(names[image], *place) for image, *place in views]
+            made = zip(kept, views)
+            found[label] = [None if there else pixels(images[view[0]], *view[1:]) for there, view in made]
+        return found
 
 # %% ../../nbs/lib/data/20_collate.ipynb #b7e5sz01
 def _bytes_of(

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -183,12 +184,14 @@ class Objective(nn.Module):
     stages: ClassVar[tuple[int, ...]] = (1, 2, 3)  # training stages in which it may act
     in_model: ClassVar[bool] = False  # True: its weights are exported with the model
     additive: ClassVar[bool] = True  # False: samples are compared, so a batch is not the sum of its parts
+    noted: ClassVar[tuple[str, ...]] = ()  # numbers that it notes for the curves
     taps: tuple[Tap, ...] = ()  # where it reads the student
 
     def __init__(self, weight: float = 1.0, label: str = ""):
         super().__init__()
         self.weight = weight  # lambda
         self.label = label or self.name  # names its term, its settings and its weights
+        self.sums = dict.fromkeys(self.noted, (0.0, 0.0))
         self.progress = 0.0  # share of the training that is done; the trainer sets it before each step
 
     @classmethod
@@ -229,10 +232,34 @@ class Objective(nn.Module):
         after training."""
         return []
 
+    def signature(self) -> dict[str, Any]:
+        """What its targets depend on besides settings, records and student, as JSON values: the run folder
+        keeps it, and a run with another one is not resumed."""
+        return {}
+
+    def files(self) -> dict[str, Callable[[Path], None]]:
+        "What the run folder keeps for later measures: the name of each file, and a function that writes it."
+        return {}
+
     def view_pixels(self) -> Callable[..., Tensor] | None:
         """What each view of a sample is to be turned into while it is loaded, as (image, box, grid) ->
         tensor; or None."""
         return None
+
+    def needs_pixels(self, image: str, box: tuple[float, ...], grid: tuple[int, int]) -> bool:
+        "Whether a view of an image of the records needs `view_pixels`: not where its target is kept."
+        return True
+
+    def note(self, name: str, value: float | Tensor, count: float | Tensor = 1) -> None:
+        "Add to a number in `noted`."
+        total, many = self.sums[name]
+        self.sums[name] = (total + value, many + count)
+
+    def figures(self) -> dict[str, tuple[float, float]]:
+        """The numbers noted since the last call: name to (sum, count). The curves have the sum over all
+        processes divided by the count."""
+        found, self.sums = self.sums, dict.fromkeys(self.noted, (0.0, 0.0))
+        return {name: (float(total), float(count)) for name, (total, count) in found.items()}
 
     def description(self, grid: tuple[int, int] | None, blocks: int) -> dict[str, Any]:
         """Lines for the dry run. grid: rows and columns of visual tokens, None where it depends on the image;
@@ -302,14 +329,21 @@ def settings_of(
     label: str,  # NAME or NAME#ANYTHING
     values: dict,  # field to value
 ):
-    "The settings dataclass of an objective. Raises InputError for an unknown field or a bad value."
+    "The settings dataclass of an objective. Raises InputError for an unknown field, and for a bad value."
     kind = objective_class(label).Settings
     fields = [item.name for item in dataclasses.fields(kind)]
     unknown = [name for name in values if name not in fields]
+    if unknown[:1] == ["teacher"] and "labels" in fields:
+        fault = f"a teacher for the objective {label}, which has labels"
+        raise InputError(fault, f"{label}.labels", f"--set {label}.labels={values['teacher']}")
     if unknown:
         near = get_close_matches(unknown[0], fields, 3) or fields[:5]
         raise InputError(f"setting {label}.{unknown[0]}", f"a field such as {near}", f"see {kind.__name__}")
-    return kind(**values)
+    found = kind(**values)
+    if not getattr(found, "weight", 0) >= 0:
+        fault = f"{label}.weight {found.weight}"
+        raise InputError(fault, "a weight of at least 0", "correct the setting; 0 switches the objective off")
+    return found
 
 # %% ../../nbs/lib/objectives/00_base.ipynb #6f0d9b38
 def labelled(

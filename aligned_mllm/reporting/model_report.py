@@ -26,6 +26,7 @@ from ..analysis.lens import lens_figure, lens_table, nearest_words
 from ..analysis.pca import pca_figure, pca_table
 from ..analysis.permutation import paired_loss, permutation_figure, permutation_test
 from ..analysis.retention import retention_figure
+from ..analysis.right_words import right_words_figure
 from ..analysis.token_map import map_figure
 from ..core import InputError, checksum, load_json, save_json, whole_file
 from ..evals.task import answers_of
@@ -33,10 +34,12 @@ from .case import Case, case_of
 from .html import html_page, html_plot, html_table
 from aligned_mllm.reporting.word_measures import (
     gap_section,
+    known_labels,
     map_section,
     probe_figures,
     probe_section,
     retention_section,
+    right_section,
 )
 
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #3513e525
@@ -248,6 +251,15 @@ PAGE_MEASURES["word_probe"] = Measure(
     probe_figures,
     to_words=True,
 )
+PAGE_MEASURES["right_words"] = Measure(
+    "Right words at the patches of known objects",
+    "The share of object patches whose nearest word, by input embeddings, names their object, and the share "
+    "that these words would reach by chance. The list is that of the run's labels (words.txt), with the "
+    "words of all objects.",
+    right_section,
+    lambda case, table: [right_words_figure(table)],
+    to_words=True,
+)
 PAGE_MEASURES["modality_gap"] = Measure(
     "From visual tokens to words",
     "Modality gap: the mean distance of a visual token to the nearest word of the list, which depends on "
@@ -324,6 +336,15 @@ def section(
     parts += [html_plot(figure, f"{name}{number}") for number, figure in enumerate(figures)]
     return "\n".join(parts if figures else [*parts, html_table(found.round(3))])
 
+# %% ../../nbs/lib/reporting/30_model_report.ipynb #e3c4385f
+def _objects_are_known(case: Case) -> bool:
+    "Whether the pictures can have exact labels."
+    try:
+        known_labels(case)
+    except InputError:
+        return False
+    return True
+
 # %% ../../nbs/lib/reporting/30_model_report.ipynb #754add16
 def inside(
     sources: Sequence[str | Path],  # one to three finished run folders, model folders or hub ids
@@ -341,9 +362,10 @@ def inside(
         expected = f"1 to {MOST} models, measures from {list(PAGE_MEASURES)}"
         raise InputError(found, expected, "correct the call")
     case = case_of(sources, output, **settings)
-    if not measures:  # of models without curves, nothing is said about learning
+    if not measures:  # what these models and pictures cannot have is not mentioned
         learnt = any((folder / "curves.csv").is_file() for folder in case.folders)
-        measures = [name for name in PAGE_MEASURES if learnt or name != "convergence"]
+        possible = {"convergence": learnt, "right_words": _objects_are_known(case)}
+        measures = [name for name in PAGE_MEASURES if possible.get(name, True)]
     sections = []
     for name in (bar := tqdm(measures, desc="inside")):
         bar.set_postfix_str(name)

@@ -62,11 +62,13 @@ def require_equal(
     owner: str,  # the thing described, for the error
     remedy: str,  # the next thing to do, for the error
 ) -> None:
-    "Raise InputError if two descriptions differ, naming the values that differ."
+    "Raise InputError if two descriptions differ, naming the first three values that differ."
     different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if different:
+        more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
+        different = different[:3]
         raise InputError(
-            f"{owner} has {'; '.join(f'{name} {found.get(name)!r}' for name in different)}",
+            f"{owner} has {'; '.join(f'{name} {found.get(name)!r}' for name in different)}{more}",
             "; ".join(f"{name} {wanted.get(name)!r}" for name in different),
             remedy,
         )
@@ -98,15 +100,19 @@ class ContentStore:
         folder: str | Path,  # created if it does not exist
         origin: dict,  # everything besides the view that the values depend on, as JSON values
         limit_mib: int,  # nothing is written beyond this size of the folder
+        name: str = "",  # of what makes the values, for messages; it may change
     ):
         self.folder = Path(folder)
         self.limit = limit_mib * 2**20
         self.signature = origin
         note = self.folder / "cache.json"
         if not note.is_file():
-            save_json(self.signature, note)
-        remedy = "choose another folder, or delete this one"
-        require_equal(load_json(note, needs=()), self.signature, f"the cache {self.folder}", remedy)
+            save_json({**self.signature, **({"name": name} if name else {})}, note)
+        found = load_json(note, needs=())
+        made_by = found.pop("name", name)
+        owner = f"the cache {self.folder}"
+        owner += f" was made by {made_by}, now {name}; it" if made_by != name else ""
+        require_equal(found, self.signature, owner, "choose another folder, or delete this one")
         self.size = 0  # bytes of its files
         self.counts = {"read": 0, "written": 0, "absent": 0, "full": 0}
         self._signature_text = json.dumps(self.signature, sort_keys=True)

@@ -52,6 +52,7 @@ class ExactLabeller:
     n: int = 10  # labels of a patch, at most
     background: str = ""  # the word for patches without an object; "": they have no label
     name: str = "exact"  # for logs and run folders
+    remedy: str = "lower `least`, or give the background a word"  # if most patches have no label
     pixels_of_view: ClassVar[None] = None  # it needs no pixels
 
     def __post_init__(self):
@@ -69,10 +70,7 @@ class ExactLabeller:
         "The rule by which labels are chosen, for messages."
         return f"objects that cover at least {self.least:g} of a patch"
 
-    @property
-    def remedy(self) -> str:
-        "The next thing to do if most patches have no label."
-        return "lower `least`, or give the background a word"
+
 
     def _of_view(self, view: BatchView) -> Labels:
         "The labels of one view."

@@ -233,7 +233,7 @@ def text_features(
     for template in templates:
         if unencodable(WordList(tuple(in_template(words.words[:1], template))), space.tokenizer):
             fault = f"the template {template!r}, which the tokenizer of {space.name} cannot encode"
-            remedy = f"use {TEMPLATES['word'][0]!r}, the word alone"
+            remedy = "use TEMPLATES['word'], the word alone; in a run with SEA, sea.template=word"
             raise InputError(fault, "a text of tokens that it knows", remedy)
 
     def encoded(start: int) -> Tensor:

@@ -117,9 +117,10 @@ def _write_shard(
     views = dict(waiting)
     waiting.clear()
     lengths = [(0, 0), *((len(each.counts), len(each.words)) for each in views.values())]
-    first_patch, first_label = torch.tensor(lengths).cumsum(0).T.contiguous()
-    keys = torch.frombuffer(bytearray(b"".join(views)), dtype=torch.uint8).view(-1, 16)
-    checksums = torch.tensor([each.checksum for each in views.values()])
+    with torch.device("cpu"):  # a collected cache is written anywhere, also where shapes alone are made
+        first_patch, first_label = torch.tensor(lengths).cumsum(0).T.contiguous()
+        keys = torch.frombuffer(bytearray(b"".join(views)), dtype=torch.uint8).view(-1, 16)
+        checksums = torch.tensor([each.checksum for each in views.values()])
     tensors = dict(zip(_INDEX, (keys, first_patch.clone(), first_label.clone(), checksums)))
     tensors |= {name: torch.cat(each) for name, each in zip(_LABELS, zip(*views.values()))}
     path = folder / "shards" / f"{time.time_ns()}-{uuid4().hex[:8]}.safetensors"
@@ -154,7 +155,8 @@ class LabelCache(ContentStore):
     ):
         _require_label_folder(Path(folder))
         geometry = {} if processor is None else view_geometry(processor)
-        super().__init__(folder, {"cache": "labels", **labeller.signature(), **geometry}, limit_mib)
+        origin = {"cache": "labels", **labeller.signature(), **geometry}
+        super().__init__(folder, origin, limit_mib, labeller.name)
         self.labeller = labeller
         self.processor = processor
         self.patches = 0  # in its shards

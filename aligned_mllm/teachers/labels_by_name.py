@@ -33,6 +33,8 @@ class LabelRequest:
     seed: int = 0  # of random weights
     template: str = "photo"  # a name from TEMPLATES: the text around a word
     parts: str = ""  # folder with embedded parts; the repository's own by default
+    word_features: str = ""  # folder for the text features of a long list, in float16; "": in memory
+    named: bool = False  # whether the user named the words
 
     def labeller(self, space) -> Labeller:
         "By a dual encoder. Raises InputError as `Labeller` does."
@@ -44,6 +46,8 @@ class LabelRequest:
             self.n,
             threshold=self.threshold,
             templates=TEMPLATES[self.template],
+            folder=self.word_features or None,
+            dtype=torch.float16 if self.word_features else torch.float32,
         )
 
     def embedded_clip(self) -> Labeller:

@@ -44,8 +44,8 @@ def identity_of(
     recipe_name: str,  # for the record
     trainer: TermTrainer | None = None,  # once everything was checked
 ) -> dict:
-    """What makes a run this one: settings, precision, samples of a step, start; with the trainer also records
-    and teachers by content, and the way of sharing out weights."""
+    """What makes a run this one: settings, precision, samples of a step, start; with the trainer also
+    records, teachers and targets by content, and the way of sharing out weights."""
     found = json.loads(json.dumps({"recipe": recipe_name, **config.to_dict()}, default=str))
     found["start"] = start_of(config)
     if config.model == "composed":
@@ -61,6 +61,8 @@ def identity_of(
             for label, objective in trainer.model.objectives.items()
             if objective.teachers()
         }
+        signatures = {label: each.signature() for label, each in trainer.model.objectives.items()}
+        found["targets"] = {label: signature for label, signature in signatures.items() if signature}
         kinds = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
         found["shared_weights"] = next((kind for kind, enabled in kinds.items() if enabled), "no")
     return found
@@ -93,7 +95,7 @@ def require_same_run(
         return
     said = []
     for key in different[:4]:
-        name = key.removeprefix("objectives.")
+        name = key.removeprefix("objectives.").removeprefix("targets.")
         said.append(f"{name} was {str(old.get(key))[:60]} and is {str(new.get(key))[:60]} now")
     remedy = "choose another --output, or delete the folder"
     if "per_device_train_batch_size" in different:
@@ -162,7 +164,8 @@ def claim_folder(
     checkpoint = last_checkpoint(output)
     begun = done or (output / "progress.json").is_file() or checkpoint
     if begun and (output / "config.json").is_file():
-        added = ("composed_of", "mixed_precision", "samples_per_step", "teachers", "shared_weights")
+        added = ("composed_of", "mixed_precision", "samples_per_step", "teachers", "targets")
+        added += ("shared_weights",)
         older = {key: identity[key] for key in added if key in identity}  # not in every config.json
         free = MAY_DIFFER | ({"gradient_accumulation_steps"} if config.global_batch_size else set())
         require_same_run(output, {**older, **load_json(output / "config.json", needs=())}, identity, free)
@@ -174,4 +177,7 @@ def claim_folder(
         step = load_json(checkpoint / WHOLE, needs=("step",))["step"] if checkpoint else None
         record_environment(output, now, step)
         save_json(objectives_record(config, trainer.model.objectives), output / "objectives.json")
+        for objective in trainer.model.objectives.values():
+            for name, write in objective.files().items():
+                write(output / name)
     return done

@@ -23,7 +23,9 @@ def exact_labeller(
             "records of drawn scenes or of collages",
             "choose a CLIP or SigLIP as sea.labels",
         )
-    return ExactLabeller(KnownObjects(folder), n=request.n)
+    words = request.words if request.named else None
+    remedy = "raise sea.most_unlabelled: patches without an object have none"
+    return ExactLabeller(KnownObjects(folder), words, n=request.n, remedy=remedy)
 
 # %% ../../nbs/lib/training/45_labellers.ipynb #e0045d73
 LABELLERS["exact"] = exact_labeller

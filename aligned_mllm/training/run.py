@@ -85,13 +85,15 @@ def report_parameters(
 def teachers_record(
     model: AlignedModel,
 ) -> dict[str, dict]:
-    """The checksum of each objective's teacher before and after training. Raises InputError for one that has
-    changed."""
-    return {
-        label: {"name": teacher.name, "before": teacher.checksum, "after": teacher.verify()}
-        for label, objective in model.objectives.items()
-        for teacher in objective.teachers()
-    }
+    """The checksum of each objective's teacher before and after training, and what its targets depend on.
+    Raises InputError for a teacher that has changed."""
+    found = {}
+    for label, objective in model.objectives.items():
+        for teacher in objective.teachers():
+            found[label] = {"name": teacher.name, "before": teacher.checksum, "after": teacher.verify()}
+        if signature := objective.signature():
+            found[label] = {**found.get(label, {}), "targets": signature}
+    return found
 
 # %% ../../nbs/lib/training/80_run.ipynb #2b2a5581
 def merged_student(
@@ -213,6 +215,7 @@ class AlignTrainer(TermTrainer):
             records,
             processor,
             view_pixels={label: made for label, made in pixels.items() if made is not None},
+            needed={objective.label: objective.needs_pixels for objective in terms},
             first_records=config.first_records,
             too_long=config.too_long,
             broken=config.broken_records,

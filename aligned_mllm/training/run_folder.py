@@ -26,7 +26,7 @@ from .config import AlignConfig
 from .estimate import steps_of
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #a2119809
-CURVES = ("loss", "grad_norm", "learning_rate", "eval_")  # beginnings of the names that curves.csv keeps
+CURVES = ("loss", "grad_norm", "learning_rate", "eval_", "figure_")  # names of curves.csv begin so
 
 # %% ../../nbs/lib/training/76_run_folder.ipynb #fe92322a
 class RunFolder(TrainerCallback):
@@ -51,7 +51,8 @@ class RunFolder(TrainerCallback):
         rows = [("step", "name", "value")]
         for line in state.log_history:
             kept = [(name, value) for name, value in sorted(line.items()) if name.startswith(CURVES)]
-            rows += [(line["step"], name.removeprefix("eval_"), value) for name, value in kept]
+            kept = [(name.removeprefix("eval_").removeprefix("figure_"), value) for name, value in kept]
+            rows += [(line["step"], *pair) for pair in kept]
         curves = Path(args.output_dir) / "curves.csv"
         with whole_file(curves) as path, open(path, "w", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerows(rows)

@@ -25,7 +25,7 @@ from ..objectives.base import combine, text_positions
 from .checkpoint import load_aligned, save_aligned
 from .config import part_rates
 from .finite import FiniteTrainer
-from .model import with_targets
+from .model import figures_of, with_targets
 from aligned_mllm.training.run_folder import (
     WHOLE,
     RunFolder,
@@ -281,10 +281,8 @@ class TermTrainer(ResumableTrainer):
     def counts(self, batches: list[dict]) -> list[int]:
         "Units of each objective's term over some micro-batches of this process."
         targets = [batch["targets"] for batch in batches]
-        return [
-            sum(target[label].count for target in targets if label in target)
-            for label in self.model.objectives
-        ]
+        every = self.model.objectives
+        return [sum(each[label].count for each in targets if label in each) for label in every]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of a micro-batch (scalar): weight * total / count of each term, counts over the whole step."
@@ -318,6 +316,7 @@ class TermTrainer(ResumableTrainer):
             logs["loss"] *= steps / made if made else float("nan")
             for name, value in self.sums.items():
                 logs[f"loss_{name}"] = round(self.accelerator.reduce(value, "sum").item() / made, 6)
+            logs |= figures_of(self.model.objectives, self.accelerator)
             self.sums = {}
             self.logged_step = self.state.global_step
         choices = (self.args.too_long, self.args.broken_records)
