@@ -62,10 +62,10 @@ def require_equal(
     owner: str,  # the thing described, for the error
     remedy: str,  # the next thing to do, for the error
 ) -> None:
-    "Raise InputError if two descriptions differ, naming the first three values that differ."
+    "Raise InputError if two descriptions differ: three values, and the names of the others."
     different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if different:
-        more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
+        more = f"; other values of {', '.join(different[3:])}" if len(different) > 3 else ""
         different = different[:3]
         raise InputError(
             f"{owner} has {'; '.join(f'{name} {found.get(name)!r}' for name in different)}{more}",
