@@ -236,6 +236,8 @@ def test_what_it_can_not_do_is_told(small_base, checkpoint, capsys):
         small_base(checkpoint, dtype="half a byte")
     with pytest.raises(InputError, match="no model in"):
         small_base(checkpoint / "nowhere")
+    with pytest.raises(InputError, match="a PosixPath with a LlavaProcessor"):
+        small_base(checkpoint, random_llava()[1])
 
 
 def test_a_checkpoint_and_an_adapter_are_loaded_by_name(small_base, checkpoint, tmp_path):
@@ -276,7 +278,7 @@ dataset_kwargs:
 test_split: test
 output_type: {kind}
 doc_to_visual: !function utils.pictures
-doc_to_text: "{{{{question}}}}"
+doc_to_text: {text}
 """
 ENDS = {
     "drawn_generate": """doc_to_target: "{{label}}"
@@ -295,11 +297,36 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """,
+    "drawn_rounds": """doc_to_target: "{{label}}"
+generation_kwargs:
+  max_new_tokens: 5
+process_results: !function utils.count
+metric_list:
+  - metric: rounds
+    aggregation: mean
+    higher_is_better: true
+""",
+}
+KINDS = {
+    "drawn_generate": "generate_until",
+    "drawn_choose": "multiple_choice",
+    "drawn_rounds": "generate_until_multi_round",
 }
 UTILS = """def pictures(document):
     if document["question"].startswith("FAIL"):
         raise OSError("no such picture")
     return [document["image"].convert("RGB")]
+
+
+def rounds(document, lmms_eval_specific_kwargs=None, previous_output=None, round_idx=None, **more):
+    if round_idx is None:
+        return document["question"]
+    ended = round_idx == (2 if document["label"] == "Yes" else 3)
+    return pictures(document), previous_output[-1] + " what", ended, previous_output, None
+
+
+def count(document, results):
+    return {"rounds": len(results[0])}
 """
 
 
@@ -337,11 +364,12 @@ def local_tasks(tmp_path_factory):
         made = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
         datasets.Dataset.from_list(made, features).to_parquet(folder / f"{file}.parquet")
     (folder / "utils.py").write_text(UTILS, encoding="utf-8")
-    for name, kind in (("drawn_generate", "generate_until"), ("drawn_choose", "multiple_choice")):
+    for name, kind in KINDS.items():
+        text = "!function utils.rounds" if name == "drawn_rounds" else '"{{question}}"'
         for file in ("drawn", "broken"):
-            text = TASK.format(name=name.replace("drawn", file), data=folder / f"{file}.parquet", kind=kind)
-            path = folder / f"{file}_{kind}.yaml"
-            path.write_text(text + ENDS[name], encoding="utf-8")
+            facts = {"name": name.replace("drawn", file), "data": folder / f"{file}.parquet", "kind": kind}
+            task = TASK.format(**facts, text=text) + ENDS[name]
+            (folder / f"{file}_{kind}.yaml").write_text(task, encoding="utf-8")
     return folder
 
 
@@ -411,6 +439,19 @@ def test_lmms_eval_chooses_as_score_does(local_tasks, tmp_path, monkeypatch):
 
 
 @needs_lmms_eval
+def test_lmms_eval_goes_through_rounds(local_tasks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    lmms_adapter.lmms_model_class.cache_clear()
+    for batch_size in (1, 8):
+        lmms = lmms_adapter.lmms_model(*random_llava(), batch_size)
+        found = evaluated(lmms, local_tasks, "drawn_rounds")
+        assert found["results"]["drawn_rounds"]["rounds,none"] == 2.5, "half of them two, half three"
+        first = evaluated(lmms, local_tasks, "drawn_generate")["samples"]["drawn_generate"]
+        rounds = found["samples"]["drawn_rounds"]
+        assert [answer_in(each)[0] for each in rounds] == [answer_in(each) for each in first]
+
+
+@needs_lmms_eval
 def test_lmms_eval_stops_at_a_broken_document(local_tasks, checkpoint, tmp_path, monkeypatch):
     done = lmms_eval_command(checkpoint, local_tasks, "broken_generate", tmp_path, 8)
     assert done.returncode != 0
@@ -463,6 +504,8 @@ def test_prediction_files_are_what_vlmevalkit_reads(published, checkpoint, tmp_p
 def test_only_questions_of_vlmevalkit_are_exported(published, checkpoint, local_questions, tmp_path):
     with pytest.raises(InputError, match="coco_pope_random.json:1: not a TSV"):
         score([checkpoint], ["pope"], local_questions, tmp_path / "scores", export="vlmevalkit")
+    with pytest.raises(InputError, match="export 'vlmeval'"):
+        score([checkpoint], ["pope"], published, tmp_path / "scores", export="vlmeval")
     assert not (tmp_path / "scores").exists(), "before anything is asked"
     few = {"limit": 1, "max_new_tokens": 2, "draws": 20}
     score([checkpoint], ["pope"], published, tmp_path / "scores", **few, export="vlmevalkit")

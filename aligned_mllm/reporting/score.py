@@ -192,6 +192,17 @@ def _sources(
         found.append(_Source(_folder_of(source), name, folder, dtype))
     return found
 
+# %% ../../nbs/lib/reporting/55_score.ipynb #db684753
+def _require_export(
+    export: str,  # "" for none
+    benchmark: Benchmark,
+    data: str | Path,
+) -> None:
+    "Raises InputError for an unknown export, and for data of a form that it cannot use."
+    if export:
+        chosen_from({"vlmevalkit": tsv_rows}, export, "export")
+        next(tsv_rows(benchmark, data), None)
+
 # %% ../../nbs/lib/reporting/55_score.ipynb #985dadb7
 def score(
     sources: Sequence[str | Path],  # run folders, model or adapter folders, or hub ids; the baseline first
@@ -225,8 +236,7 @@ def score(
         chosen_from(benchmark.rules, rule, f"rule of {benchmark.name}")
         compared = way.startswith(LIKELIHOOD) and LIKELIHOOD in benchmark.prompts
         style = prompt or (LIKELIHOOD if compared else next(iter(benchmark.prompts)))
-        if export:
-            next(tsv_rows(benchmark, data), None)
+        _require_export(export, benchmark, data)
         every = open_questions(benchmark, data, style, images)
         tokens = max_new_tokens or LONGEST_ANSWERS.get(benchmark.name, LONGEST_ANSWER)
         usual = LIKELIHOOD if style == LIKELIHOOD else "generate"
