@@ -138,7 +138,9 @@ def test_answers_are_those_of_score_in_any_batch(small_base, tmp_path):
         assert lmms.generate_until(requests_for(settings)) == expected
     lmms.clean()
     model.train()
-    assert lmms.generate_until(requests_for(settings)) == expected and model.training, "usable as before"
+    model.model.vision_tower.eval()
+    assert lmms.generate_until(requests_for(settings)) == expected, "usable as before"
+    assert model.training and not model.model.vision_tower.training
 
 
 def test_until_and_the_longest_answer(small_base):

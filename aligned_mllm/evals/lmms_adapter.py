@@ -185,7 +185,7 @@ class LmmsAnswers:
     def _in_batches(self, queries: Sequence[_Query], ask: Callable) -> list:
         "A result for each, in their order; texts of similar length go together."
         model, _ = self.held
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         order = sorted(range(len(queries)), key=lambda n: (queries[n].tokens, len(queries[n].text)))
         found = [None] * len(queries)
@@ -200,7 +200,8 @@ class LmmsAnswers:
                             found[index] = value
                         bar.update(len(part))
         finally:
-            model.train(training)
+            for module, training in modes:
+                module.training = training
         return found
 
     def _generated(self, queries: Sequence[_Query], questions: Sequence[BenchmarkQuestion]) -> list[str]:
