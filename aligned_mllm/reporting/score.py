@@ -41,6 +41,7 @@ from ..evals.benchmark_data import open_questions
 from ..figures import run_names
 from .benchmark_page import benchmark_page, difference_table, result_table
 from .benchmark_results import BenchmarkResult, judged, write_result
+from .vlmevalkit import export_vlmevalkit, tsv_rows
 
 # %% ../../nbs/lib/reporting/55_score.ipynb #632b563b
 def source_stamp(
@@ -191,6 +192,17 @@ def _sources(
         found.append(_Source(_folder_of(source), name, folder, dtype))
     return found
 
+# %% ../../nbs/lib/reporting/55_score.ipynb #db684753
+def _require_export(
+    export: str,  # "" for none
+    benchmark: Benchmark,
+    data: str | Path,
+) -> None:
+    "Raises InputError for an unknown export, and for data of a form that it cannot use."
+    if export:
+        chosen_from({"vlmevalkit": tsv_rows}, export, "export")
+        next(tsv_rows(benchmark, data), None)
+
 # %% ../../nbs/lib/reporting/55_score.ipynb #985dadb7
 def score(
     sources: Sequence[str | Path],  # run folders, model or adapter folders, or hub ids; the baseline first
@@ -208,6 +220,7 @@ def score(
     blind: bool = False,  # ask without the images as well
     dtype: str = "float32",  # of the weights; "bfloat16" halves their memory
     draws: int = 1000,  # of the bootstrap
+    export: str = "",  # "vlmevalkit": prediction files of that toolkit, too
 ) -> Path:
     """Ask, judge, compare; write OUTPUT/MODEL/BENCHMARK/ (answers, verdicts, scores) and the page
     OUTPUT/scores.html, which is returned. Resumes where it was stopped. Raises InputError."""
@@ -223,6 +236,7 @@ def score(
         chosen_from(benchmark.rules, rule, f"rule of {benchmark.name}")
         compared = way.startswith(LIKELIHOOD) and LIKELIHOOD in benchmark.prompts
         style = prompt or (LIKELIHOOD if compared else next(iter(benchmark.prompts)))
+        _require_export(export, benchmark, data)
         every = open_questions(benchmark, data, style, images)
         tokens = max_new_tokens or LONGEST_ANSWERS.get(benchmark.name, LONGEST_ANSWER)
         usual = LIKELIHOOD if style == LIKELIHOOD else "generate"
@@ -242,6 +256,8 @@ def score(
             differences.to_csv(path, index=False)
         with whole_file(output / "scores.html") as path:
             path.write_text(benchmark_page(results, differences), encoding="utf-8")
+        for folder in (model.folder / each.name for model in models for each in chosen if export):
+            print("written:", *export_vlmevalkit(folder, data, output / export))
     print(result_table(results).to_string(index=False))
     for text in (text for each in results for text in each.warnings()):
         print(f"NOTE: {text}")
@@ -284,6 +300,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time; changes no answer")
     parser.add_argument("--limit", type=int, default=0, help="about so many questions of each benchmark")
     parser.add_argument("--blind", action="store_true", help="ask without the images, too")
+    parser.add_argument(
+        "--export", default="", choices=("vlmevalkit",), help="write prediction files of this toolkit, too"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     return parser
 

@@ -16,7 +16,8 @@ from ..core import InputError
 SECTIONS = {  # folder below nbs: heading in the side bar, pages that come first
     "tutorials": (
         "Tutorials",
-        "first_hour own_model own_checkpoint own_data new_teacher new_objective new_benchmark".split(),
+        "first_hour own_model own_checkpoint own_data new_teacher new_objective new_benchmark "
+        "other_toolkits".split(),
     ),
     "explanations": ("Explanations", "methods glossary paper_index shapes models teachers".split()),
     "lib": ("Library", []),
