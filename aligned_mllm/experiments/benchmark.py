@@ -32,7 +32,7 @@ from aligned_mllm.experiments.benchmark_setup import (
     batches_of,
     student_and_teacher,
 )
-from ..objectives.base import combine
+from ..objectives.base import Objective, combine
 from ..objectives.sea import Sea, SeaLoss, WordVectors
 from ..objectives.text import TextLoss
 from ..objectives.viral import ViralLoss
@@ -151,6 +151,14 @@ class Bench:
     parameters: int  # of the language model, without its input embedding
     resident: float  # MiB that the alignment occupies all the time: teacher, projector, its moments
 
+# %% ../../nbs/lib/experiments/50_benchmark.ipynb #7b2d9434
+def _sharing(shared: Objective, name: str, kinds: dict[str, Callable], options: Options) -> dict:
+    "A copy of a term for each aligned mode: weights are shared, the attribute of that name is the mode's."
+    terms = {mode: copy(shared) for mode in options.modes if mode != "plain"}
+    for mode, term in terms.items():
+        setattr(term, name, kinds[mode]())
+    return terms
+
 # %% ../../nbs/lib/experiments/50_benchmark.ipynb #9c6c2b99
 def viral_terms(
     shape: Shape,
@@ -168,12 +176,7 @@ def viral_terms(
             teacher, cache_mib=0, disk=FeatureCache(folder / "cache", teacher), image_folder=folder
         ),
     }
-    terms = {}
-    for mode in options.modes:
-        if mode != "plain":
-            terms[mode] = copy(shared)  # its projector is shared, its targets are the mode's
-            terms[mode].source = kinds[mode]()
-    return terms
+    return _sharing(shared, "source", kinds, options)
 
 # %% ../../nbs/lib/experiments/50_benchmark.ipynb #aee4d383
 def sea_terms(
@@ -189,12 +192,7 @@ def sea_terms(
         "memory": lambda: CachedLabels(labeller),
         "disk": lambda: CachedLabels(labeller, 0, LabelCache(folder / "labels", labeller), folder),
     }
-    terms = {}
-    for mode in options.modes:
-        if mode != "plain":
-            terms[mode] = copy(shared)  # its temperature is shared, its labels are the mode's
-            terms[mode].labeller = kinds[mode]()
-    return terms
+    return _sharing(shared, "labeller", kinds, options)
 
 # %% ../../nbs/lib/experiments/50_benchmark.ipynb #ce7070f5
 def bench_of(
