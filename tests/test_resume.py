@@ -298,6 +298,7 @@ def claimed(folder: Path, teacher: str = "a1", model: str = "owner/name", **sett
     objectives = {"viral": SimpleNamespace(teachers=lambda: teachers, signature=dict, files=dict)}
     trainer = SimpleNamespace(
         model=SimpleNamespace(objectives=objectives),
+        benchmarks=None,
         train_dataset=SimpleNamespace(records=SimpleNamespace(digest="d")),
         is_fsdp_enabled=False,
         is_deepspeed_enabled=False,

@@ -132,7 +132,7 @@ ALLOWED = {
     "teachers": "core data models",
     "objectives": "core data models teachers",
     "evals": "core data models",
-    "training": "core data models worlds teachers objectives",
+    "training": "core data models worlds teachers objectives evals",
     "figures": "core evals",
     "analysis": "core data models teachers evals figures",
     "reporting": "core data models teachers evals figures analysis",

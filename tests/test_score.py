@@ -24,6 +24,7 @@ from aligned_mllm.data.encode import IGNORED, encode
 from aligned_mllm.evals.answer_file import AnswerFile, questions_digest
 from aligned_mllm.evals.asking import answer_batches, generated_answers, likeliest_choices, prompt_record
 from aligned_mllm.evals.benchmark import BenchmarkQuestion, all_right, benchmark_named, verdict_table
+from aligned_mllm.evals.benchmark_data import limited
 from aligned_mllm.evals.benchmark_scores import (
     drawn_scores,
     interval_table,
@@ -34,7 +35,7 @@ from aligned_mllm.evals.benchmark_scores import (
 )
 from aligned_mllm.evals.statistics import wilson
 from aligned_mllm.models.load import save_adapter
-from aligned_mllm.reporting.score import limited, score
+from aligned_mllm.reporting.score import score
 
 NOUNS = ("red circle", "blue square", "tower", "two red towers and one blue circle")
 COUNT = 24

@@ -34,6 +34,7 @@ def start_of(
 # settings that are places, not choices, or about faults: a resumed run may change them
 MAY_DIFFER = {
     *("output_dir", "logging_dir", "data", "images", "model", "local_rank", "disable_tqdm", "parts"),
+    "benchmark_data",
     *("not_finite", "not_finite_in_a_row", "logging_nan_inf_filter"),  # a run that stopped there may continue
     *("broken_records", "too_long", "check_samples", "follow_links"),  # see training.checked
 }
@@ -56,6 +57,8 @@ def identity_of(
     found["samples_per_step"] = batch * config.world_size
     if trainer is not None:
         found["records_digest"] = trainer.train_dataset.records.digest
+        facts = trainer.benchmarks.facts if trainer.benchmarks else {}
+        found["benchmark_questions"] = {name: about["digest"] for name, about in facts.items()}
         found["teachers"] = {
             label: [teacher.checksum for teacher in objective.teachers()]
             for label, objective in trainer.model.objectives.items()
@@ -165,7 +168,7 @@ def claim_folder(
     begun = done or (output / "progress.json").is_file() or checkpoint
     if begun and (output / "config.json").is_file():
         added = ("composed_of", "mixed_precision", "samples_per_step", "teachers", "targets")
-        added += ("shared_weights",)
+        added += ("shared_weights", "benchmarks", "benchmark_limit", "benchmark_questions")
         older = {key: identity[key] for key in added if key in identity}  # not in every config.json
         free = MAY_DIFFER | ({"gradient_accumulation_steps"} if config.global_batch_size else set())
         require_same_run(output, {**older, **load_json(output / "config.json", needs=())}, identity, free)
@@ -177,6 +180,8 @@ def claim_folder(
         step = load_json(checkpoint / WHOLE, needs=("step",))["step"] if checkpoint else None
         record_environment(output, now, step)
         save_json(objectives_record(config, trainer.model.objectives), output / "objectives.json")
+        if trainer.benchmarks:
+            save_json(trainer.benchmarks.facts, output / "benchmarks.json")
         for objective in trainer.model.objectives.values():
             for name, write in objective.files().items():
                 write(output / name)

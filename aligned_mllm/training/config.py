@@ -65,12 +65,8 @@ class AlignConfig(TrainingArguments):
     )
     parts: str = setting("", "folder with embedded parts; the repository's own by default")
     words_from: list[str] = setting(list, "record files below data whose words an embedded model learns")
-    vision_tower: str = setting(
-        "", "for 'composed': a vision encoder, by folder, hub id, or a name from KNOWN_PARTS"
-    )
-    language_model: str = setting(
-        "", "for 'composed': a causal language model, by folder, hub id, or a name from KNOWN_PARTS"
-    )
+    vision_tower: str = setting("", "of 'composed': an encoder; folder, hub id, or name from KNOWN_PARTS")
+    language_model: str = setting("", "of 'composed': a causal LM; folder, hub id, or name from KNOWN_PARTS")
     chat: str = setting(
         "", f"of a LLaVA model: one of {list(CHATS)}; by default its own, for 'composed' vicuna_v1"
     )
@@ -79,6 +75,9 @@ class AlignConfig(TrainingArguments):
     objectives: dict = setting(dict, "beside the text loss: label to settings; written LABEL.FIELD=VALUE")
     records: str = setting("train.jsonl", "training records, below data")
     evaluation_records: str = setting("", "records evaluated every eval_steps, below data; none by default")
+    benchmarks: list[str] = setting(list, "answered every eval_steps, such as pope; scores are curves")
+    benchmark_data: str = setting("", "the folder of their official files, with one folder for each")
+    benchmark_limit: int = setting(0, "about so many questions of each benchmark; 0 asks all")
     first_records: int = setting(0, "use only so many records; 0 uses all")
     broken_records: str = setting(
         "raise", "'raise', or 'leave_out': continue without them; left_out.csv lists them"
@@ -316,7 +315,7 @@ def configured(
         setting_type(key)
     merged = with_objectives(merged)
     merged.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-    if merged.get("evaluation_records"):
+    if merged.get("evaluation_records") or merged.get("benchmarks"):
         merged.setdefault("eval_strategy", "steps")
     saves = merged.get("save_steps")
     logged = merged.get("logging_steps", AlignConfig.logging_steps)
