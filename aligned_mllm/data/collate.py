@@ -202,7 +202,7 @@ def truncate(
             "samples whose images and first answer fit",
             "raise max_length, split the record, or leave it out (in training: too_long=leave_out)",
         )
-    per_token = ("input_ids", "labels", "visual_mask", "turn", "position_ids", *PER_TOKEN)
+    per_token = ("input_ids", "labels", "visual_mask", "visual_answers", "turn", "position_ids", *PER_TOKEN)
     return {name: value[:max_length] if name in per_token else value for name, value in sample.items()}
 
 # %% ../../nbs/lib/data/20_collate.ipynb #c73bd2f0
@@ -245,11 +245,13 @@ class Collator:
         names = {name for sample in samples for name in sample}
         fills = {"input_ids": self.pad_token_id, "labels": IGNORED, "visual_mask": False}
         fills |= {name: 0 for name in ("turn", "position_ids", *PER_TOKEN) if name in names}
+        fills |= {name: False for name in ("visual_answers",) if name in names}
         batch = {}
         real = [torch.ones_like(sample["input_ids"]) for sample in samples]
         for name, fill in fills.items():
+            kind = torch.bool if fill is False else torch.long
             batch[name] = self._padded(
-                [sample.get(name, 0 * ones) for sample, ones in zip(samples, real)], fill
+                [sample.get(name, 0 * ones).to(kind) for sample, ones in zip(samples, real)], fill
             )
         batch["attention_mask"] = self._padded(real, 0)
         if "turn" in names:
@@ -284,6 +286,6 @@ def model_inputs(
 ) -> dict:
     """The arguments of the model's own forward: the batch without labels, the layout of its visual tokens,
     and the entries of the objectives."""
-    aside = {"labels", "visual_mask", "grids", "boxes", "view_of", "image_names", "index", "asked"}
+    aside = {"labels", "visual_mask", "visual_answers", "grids", "boxes", "view_of", "image_names", "index", "asked"}
     aside |= {"view_pixels", "targets", "keep"}
     return {name: value for name, value in batch.items() if name not in aside}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LITERAL_TOKEN', 'PER_TOKEN', 'LONGEST_SHAPE', 'IGNORED', 'messages_of', 'control_tokens', 'as_plain_text',
-           'require_system_place', 'answer_spans', 'run_processor', 'require_shape', 'learnt_spans', 'answer_labels',
-           'encode']
+           'with_image_ends', 'require_system_place', 'answer_spans', 'run_processor', 'require_shape', 'learnt_spans',
+           'answer_labels', 'encode']
 
 # %% ../../nbs/lib/data/15_encode.ipynb #4e6559b7
 import re
@@ -20,8 +20,24 @@ from torch import Tensor
 
 from ..core import InputError
 from .images import PIXEL_LIMIT
-from .record import IMAGE, BrokenSample, Record
+from .record import IMAGE, IMAGE_ENDS, BrokenSample, Record
 from .views import Views, layout_of, views_of_images
+
+# %% ../../nbs/lib/data/15_encode.ipynb #74b01876
+def _parts(
+    text: str,  # with any number of placeholders
+    with_images: bool,
+) -> list[dict]:
+    "The parts of a message."
+    parts = []
+    texts = text.split(IMAGE)
+    for index, each in enumerate(texts):
+        if index and with_images:
+            parts.append({"type": "image"})
+        each = each if len(texts) == 1 else each.strip()
+        if each:
+            parts.append({"type": "text", "text": each})
+    return parts
 
 # %% ../../nbs/lib/data/15_encode.ipynb #547af69c
 def messages_of(
@@ -34,16 +50,11 @@ def messages_of(
     if record.system:
         messages.append({"role": "system", "content": [{"type": "text", "text": record.system}]})
     for turn in record.turns:
-        parts = []
-        texts = turn.question.split(IMAGE)
-        for index, text in enumerate(texts):
-            if index and with_images:
-                parts.append({"type": "image"})
-            text = text if len(texts) == 1 else text.strip()
-            if text:
-                parts.append({"type": "text", "text": text})
-        messages.append({"role": "user", "content": parts})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        messages.append({"role": "user", "content": _parts(turn.question, with_images)})
+        answer = [{"type": "text", "text": turn.answer}]
+        if record.answer_images:
+            answer = _parts(turn.answer, with_images)
+        messages.append({"role": "assistant", "content": answer})
     return messages if with_last_answer else messages[:-1]
 
 # %% ../../nbs/lib/data/15_encode.ipynb #c7a10002
@@ -87,6 +98,21 @@ def as_plain_text(
         return {**part, "text": tokens.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", part["text"])}
 
     return [{**message, "content": [plain(part) for part in message["content"]]} for message in messages]
+
+# %% ../../nbs/lib/data/15_encode.ipynb #170c0341
+def with_image_ends(
+    messages: list[dict],  # from `as_plain_text`
+    processor,  # of a family in data.views.LAYOUTS
+) -> list[dict]:
+    "The messages with every image as text between IMAGE_ENDS, for a tokenizer that has these tokens."
+    start, end = IMAGE_ENDS
+    if start not in processor.tokenizer.get_added_vocab():
+        return messages
+    image = {"type": "text", "text": f"{start}{processor.image_token}{end}"}
+    return [
+        {**each, "content": [image if part["type"] == "image" else part for part in each["content"]]}
+        for each in messages
+    ]
 
 # %% ../../nbs/lib/data/15_encode.ipynb #498f3dbd
 def _rendered(
@@ -279,7 +305,8 @@ def encode(
     with_last_answer: bool = True,  # False: a prompt to be answered
 ) -> dict:
     """Tensors of one sample: input_ids, labels, visual_mask (S,); grids (W, 2), boxes (W, 4), view_of (W,)
-    of its views; and the model's other inputs: pixel_values, ... Raises InputError."""
+    of its views; visual_answers (S,), the visual tokens that are learnt, where images stand in answers; and
+    the model's other inputs: pixel_values, ... Raises InputError."""
     layout = layout_of(processor)
     render = processor.apply_chat_template
     if not processor.chat_template:
@@ -288,8 +315,14 @@ def encode(
     place = f"record {record.id!r} {record.where}"
     for number, image in enumerate(images, 1):
         require_shape(image.height, image.width, processor, f"{place}: image {number}")
+    if images and record.answer_images and IMAGE_ENDS[0] not in processor.tokenizer.get_added_vocab():
+        raise InputError(
+            f"{place}: an image in an answer, for a model without {IMAGE_ENDS[0]}",
+            "a model that makes images",
+            "train with the setting image_tokens, or call models.image_tokens.add_image_tokens",
+        )
     messages = messages_of(record, with_images=bool(images), with_last_answer=with_last_answer)
-    messages = as_plain_text(messages, control_tokens(processor))
+    messages = with_image_ends(as_plain_text(messages, control_tokens(processor)), processor)
     require_system_place(messages, render, place)
     try:
         text = render(messages) if with_last_answer else render(messages, add_generation_prompt=True)
@@ -323,8 +356,10 @@ def encode(
         for span in learnt_spans(messages, text, processor)[record.prompt_turns :]
     ]
     labels = answer_labels(ids, offsets, spans)
+    made = {"visual_answers": visual_mask & (labels != IGNORED)} if images and record.answer_images else {}
+    labels[ids == layout.token_id(processor)] = IGNORED
     inputs |= {name: inputs[name][0] for name in PER_TOKEN if name in inputs}
     if layout.prefix_lm:
         inputs["token_type_ids"] = ((labels != IGNORED).cumsum(0) > 0).long()
     view_tensors = {"grids": views.grids, "boxes": views.boxes, "view_of": views.view_of}
-    return {"input_ids": ids, "labels": labels, "visual_mask": visual_mask, **view_tensors, **inputs}
+    return {"input_ids": ids, "labels": labels, "visual_mask": visual_mask, **made, **view_tensors, **inputs}

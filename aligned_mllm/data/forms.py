@@ -187,7 +187,8 @@ def _parse_turns(
     remedy = "correct the sample"
     key = form.text
     speakers = (form.answers, form.asks)
-    placed = 0
+    placed = [0, 0]  # in answers, in questions
+    answered = 0  # the number of an answer with a placeholder
     for number, turn in enumerate(texts, 1):
         asks = number % 2
         speaker = speakers[asks]
@@ -199,16 +200,15 @@ def _parse_turns(
         if not is_text(text):
             fault = f"{place}: turn {number + before} says {str(text)[:40]!r}"
             raise InputError(fault, "a string that is not empty", remedy)
-        if asks:
-            placed += text.count(IMAGE)
-        elif IMAGE in text:
-            fault = f"{place}: turn {number + before}, an answer, contains {IMAGE}"
-            raise InputError(fault, "placeholders in questions only", remedy)
+        placed[asks] += text.count(IMAGE)
+        answered = number + before if IMAGE in text and not asks else answered
     if len(texts) % 2:
         fault = f"{place}: turn {len(texts) + before} has no answer"
         raise InputError(fault, "an even number of turns", "add it or drop the turn")
-    if placed != images:
-        fault = f"{place}: {placed} placeholders {IMAGE} for {images} images"
+    if sum(placed) != images:
+        fault = f"{place}: {sum(placed)} placeholders {IMAGE} for {images} images"
+        if answered:
+            fault += f"; turn {answered}, an answer, contains {IMAGE}"
         raise InputError(fault, "one placeholder per image", remedy)
     return [(texts[k][key], texts[k + 1][key]) for k in range(0, len(texts), 2)]
 

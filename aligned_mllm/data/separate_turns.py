@@ -28,10 +28,10 @@ def one_turn_records(
     first, *others = record.turns
     *before, question = first.question.split(IMAGE)
     scattered = any(map(str.strip, before)) or any(IMAGE in turn.question for turn in others)
-    if scattered or record.prompt_turns:
+    if scattered or record.prompt_turns or record.answer_images:
         raise BrokenSample(
             f"record {record.id!r} {record.where} has "
-            + ("an image behind a question" if scattered else "turns that belong to a prompt"),
+            + ("turns that belong to a prompt" if record.prompt_turns else "an image behind a question"),
             "images before the first question, and turns that stand alone",
             "move the placeholders to the front, or set separate_turns=false",
         )

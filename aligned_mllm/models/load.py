@@ -17,6 +17,7 @@ from ..core import InputError, from_source, is_hub_id, load_json, save_json, spl
 from ..data.views import known_layout
 from .adapters import adapter_base, with_adapter
 from .compose import fill_padding_token, require_vocabulary
+from .image_tokens import add_picture_tokens
 from .residual import add_residual, restore_residual
 from .rotary import add_rotary_2d
 from .visual_norm import add_visual_norm
@@ -56,6 +57,7 @@ HOOKS = {  # config entry: what puts it onto a model, with the value of the entr
     "aligned_position_code": add_position_code,
     "aligned_visual_norm": add_visual_norm,
     "aligned_rotary_2d": add_rotary_2d,
+    "aligned_picture_tokens": add_picture_tokens,
 }
 
 # %% ../../nbs/lib/models/15_load.ipynb #45be174b

@@ -78,6 +78,7 @@ def before_visual_tokens(
 POSITIONS: dict[str, Callable[[dict], Tensor]] = {
     "visual": lambda batch: batch["visual_mask"],
     "before_visual": lambda batch: before_visual_tokens(batch["visual_mask"]),
+    "before_visual_answers": lambda batch: before_visual_tokens(batch["visual_answers"]),
     "supervised": lambda batch: text_positions(batch["labels"]),
 }
 

@@ -20,6 +20,7 @@ from ..data.records import Records
 from ..data.views import layout_of
 from ..models.compose import composed_model, in_form
 from ..models.grid_vision import GridVisionModel
+from ..models.image_tokens import add_image_tokens
 from ..models.load import HOOKS, fitted_processor, load_model, load_processor
 from ..models.trainable import STAGES, add_lora, parts_of, train_only
 from ..models.residual import add_residual
@@ -150,6 +151,8 @@ def student_of(
     else:
         model, processor = load_model(config.model, WEIGHTS[config.weights])
     layout_of(processor)
+    if config.image_tokens:
+        add_image_tokens(model, processor, config.image_tokens)
     return prepare_student(config, model), in_form(processor, config.chat, config.pad_to_square)
 
 # %% ../../nbs/lib/training/50_build.ipynb #e7f0c200
