@@ -202,7 +202,8 @@ def truncate(
             "samples whose images and first answer fit",
             "raise max_length, split the record, or leave it out (in training: too_long=leave_out)",
         )
-    per_token = ("input_ids", "labels", "visual_mask", "visual_answers", "turn", "position_ids", *PER_TOKEN)
+    per_token = ("input_ids", "labels", "visual_mask", "visual_answers")
+    per_token += ("turn", "position_ids", *PER_TOKEN)
     return {name: value[:max_length] if name in per_token else value for name, value in sample.items()}
 
 # %% ../../nbs/lib/data/20_collate.ipynb #c73bd2f0
@@ -286,6 +287,6 @@ def model_inputs(
 ) -> dict:
     """The arguments of the model's own forward: the batch without labels, the layout of its visual tokens,
     and the entries of the objectives."""
-    aside = {"labels", "visual_mask", "visual_answers", "grids", "boxes", "view_of", "image_names", "index", "asked"}
-    aside |= {"view_pixels", "targets", "keep"}
+    aside = {"labels", "visual_mask", "visual_answers", "grids", "boxes", "view_of", "image_names"}
+    aside |= {"index", "asked", "view_pixels", "targets", "keep"}
     return {name: value for name, value in batch.items() if name not in aside}

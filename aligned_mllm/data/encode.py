@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LITERAL_TOKEN', 'PER_TOKEN', 'LONGEST_SHAPE', 'IGNORED', 'messages_of', 'control_tokens', 'as_plain_text',
            'with_image_ends', 'require_system_place', 'answer_spans', 'run_processor', 'require_shape', 'learnt_spans',
-           'answer_labels', 'encode']
+           'answer_labels', 'require_image_ends', 'encode']
 
 # %% ../../nbs/lib/data/15_encode.ipynb #4e6559b7
 import re
@@ -297,6 +297,33 @@ def _placed_views(
     except BrokenSample as error:
         raise BrokenSample(f"{place}: {error.found}", error.expected, error.remedy) from None
 
+# %% ../../nbs/lib/data/15_encode.ipynb #e3079f1e
+def require_image_ends(
+    processor,  # of a model that is to make an image
+    place: str,  # begins the error
+) -> None:
+    "Raises InputError for a tokenizer without IMAGE_ENDS."
+    if IMAGE_ENDS[0] not in processor.tokenizer.get_added_vocab():
+        raise InputError(
+            f"{place}: an image in an answer, for a model without {IMAGE_ENDS[0]}",
+            "a model that makes images",
+            "train with the setting image_tokens, or call models.image_tokens.add_image_tokens",
+        )
+
+# %% ../../nbs/lib/data/15_encode.ipynb #b170e1ea
+def _text_of(
+    messages: list[dict],
+    render: Callable[..., str],  # the processor's `apply_chat_template`
+    prompt: bool,  # whether an answer is to follow
+    place: str,  # begins the error
+) -> str:
+    "The rendered text of a sample; raises InputError with its place."
+    try:
+        return render(messages, add_generation_prompt=True) if prompt else render(messages)
+    except TemplateError as error:
+        fault = f"{place}: the chat template refuses it ({error})"
+        raise InputError(fault, "turns that it takes", "split the record, or set another template") from error
+
 # %% ../../nbs/lib/data/15_encode.ipynb #b1e4501b
 def encode(
     record: Record,  # the conversation
@@ -315,20 +342,13 @@ def encode(
     place = f"record {record.id!r} {record.where}"
     for number, image in enumerate(images, 1):
         require_shape(image.height, image.width, processor, f"{place}: image {number}")
-    if images and record.answer_images and IMAGE_ENDS[0] not in processor.tokenizer.get_added_vocab():
-        raise InputError(
-            f"{place}: an image in an answer, for a model without {IMAGE_ENDS[0]}",
-            "a model that makes images",
-            "train with the setting image_tokens, or call models.image_tokens.add_image_tokens",
-        )
+    makes_images = bool(images) and record.answer_images > 0
+    if makes_images:
+        require_image_ends(processor, place)
     messages = messages_of(record, with_images=bool(images), with_last_answer=with_last_answer)
     messages = with_image_ends(as_plain_text(messages, control_tokens(processor)), processor)
     require_system_place(messages, render, place)
-    try:
-        text = render(messages) if with_last_answer else render(messages, add_generation_prompt=True)
-    except TemplateError as error:
-        fault = f"{place}: the chat template refuses it ({error})"
-        raise InputError(fault, "turns that it takes", "split the record, or set another template") from error
+    text = _text_of(messages, render, not with_last_answer, place)
     if text.count(processor.image_token) != len(images):
         count = text.count(processor.image_token)
         raise InputError(
@@ -356,7 +376,7 @@ def encode(
         for span in learnt_spans(messages, text, processor)[record.prompt_turns :]
     ]
     labels = answer_labels(ids, offsets, spans)
-    made = {"visual_answers": visual_mask & (labels != IGNORED)} if images and record.answer_images else {}
+    made = {"visual_answers": visual_mask & (labels != IGNORED)} if makes_images else {}
     labels[ids == layout.token_id(processor)] = IGNORED
     inputs |= {name: inputs[name][0] for name in PER_TOKEN if name in inputs}
     if layout.prefix_lm:

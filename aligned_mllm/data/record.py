@@ -39,7 +39,7 @@ class Record:
 
     @property
     def answer_images(self) -> int:
-        "How many of the images stand in answers. A placeholder there that has no image is a word."
+        "The number of images in answers. A placeholder there that has no image is a word."
         return len(self.images) - sum(turn.question.count(IMAGE) for turn in self.turns)
 
 # %% ../../nbs/lib/data/04_record.ipynb #ed3aee88

@@ -42,7 +42,8 @@ def contrast_loss(
 ) -> Tensor:
     "Cross-entropy of each prediction's own target among all targets, by cosine over the temperature: (n,)."
     scores = nn.functional.normalize(predicted, dim=-1) @ wanted.T / temperature
-    return nn.functional.cross_entropy(scores, torch.arange(len(wanted), device=wanted.device), reduction="none")
+    own = torch.arange(len(wanted), device=wanted.device)
+    return nn.functional.cross_entropy(scores, own, reduction="none")
 
 # %% ../../nbs/lib/objectives/50_vpit.ipynb #94a563b8
 COMPARED_BY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -52,12 +53,12 @@ COMPARED_BY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 # %% ../../nbs/lib/objectives/50_vpit.ipynb #b6bcc681
-PICTURES = {"answers": "before_visual_answers", "all": "before_visual"}  # setting to the positions that it reads
+PICTURES = {"answers": "before_visual_answers", "all": "before_visual"}  # setting to positions
 
 # %% ../../nbs/lib/objectives/50_vpit.ipynb #46e6ad19
 @dataclass
 class Vpit:
-    "Settings of VPiT's term, written vpit.FIELD. Raises InputError for a value that is not among the choices."
+    "Settings of VPiT's term, written vpit.FIELD. Raises InputError for a value without meaning."
 
     weight: float = setting(1.0, "lambda")
     compare: str = setting("cosine", f"one of {list(COMPARED_BY)}")

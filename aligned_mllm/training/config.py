@@ -71,7 +71,7 @@ class AlignConfig(TrainingArguments):
         "", f"of a LLaVA model: one of {list(CHATS)}; by default its own, for 'composed' vicuna_v1"
     )
     pad_to_square: bool = setting(False, "of a LLaVA model: images are padded to squares, not cropped")
-    image_tokens: int = setting(0, "visual tokens of a picture that a LLaVA model reads and makes; 0: its own")
+    image_tokens: int = setting(0, "visual tokens of a picture that a LLaVA model reads and makes; 0 its own")
     stage: int = setting(2, "1 trains the projector; 2 the language model as well; 3 the vision tower, too")
     objectives: dict = setting(dict, "beside the text loss: label to settings; written LABEL.FIELD=VALUE")
     records: str = setting("train.jsonl", "training records, below data")
