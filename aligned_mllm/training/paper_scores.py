@@ -30,7 +30,12 @@ class PaperColumn:
     paper: Scoring | None = None  # as the paper scores it; None where that is the official way
     scale: float = 100.0  # from the benchmark's number to the paper's
     questions: int = 0  # of the published benchmark; 0 where not known here
+    files: str = ""  # needed in its folder, in words; by default the benchmark's own list
     note: str = ""  # why the two numbers may differ, or why there is none
+
+    def ways(self) -> list[Scoring]:
+        "The official way and the paper's own, as far as there are two."
+        return [way for way in (self.official, self.paper) if way is not None]
 
 # %% ../../nbs/lib/training/14_paper_scores.ipynb #632973fa
 @dataclass(frozen=True)

@@ -188,7 +188,11 @@ SEA_COLUMNS = {
             note="the balanced test-dev questions",
         ),
         PaperColumn(
-            "SQA-I", "scienceqa", llava_scoring("overall"), questions=2017, note="test questions with a picture"
+            "SQA-I",
+            "scienceqa",
+            llava_scoring("overall"),
+            questions=2017,
+            note="test questions with a picture",
         ),
         PaperColumn(
             "MMB",

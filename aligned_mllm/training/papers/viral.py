@@ -229,6 +229,7 @@ VIRAL_COLUMNS = (
         Scoring(("2D",)),
         viral_scoring("2D, questions alike (VIRAL)"),
         questions=1438,
+        files="test_2d.parquet or test_2d.jsonl, with its pictures",
         note="the 2D file; official: mean of ADE20K and COCO",
     ),
     PaperColumn(
@@ -245,6 +246,7 @@ VIRAL_COLUMNS = (
         Scoring(("COCO one", "COCO two")),
         viral_scoring("COCO one", "COCO two", tokens=100),
         questions=2687,
+        files="coco_qa_one_obj.json, coco_qa_two_obj.json, COCO's val2017/, AdaptVis's folder prompts/",
         note="mean of the two COCO sets; official: AdaptVis's prompt and rule",
     ),
     PaperColumn(
@@ -253,6 +255,7 @@ VIRAL_COLUMNS = (
         Scoring(("mean F1",)),
         viral_scoring("popular accuracy", "random accuracy"),
         questions=9000,
+        files="coco_pope_random.json, ..._popular.json, ..._adversarial.json, COCO's val2014/",
         note="official: F1 of three files; the paper: accuracy of random and popular",
     ),
     PaperColumn(
@@ -262,6 +265,7 @@ VIRAL_COLUMNS = (
         Scoring(("total",), "llava"),
         scale=1.0,
         questions=2374,
+        files="a folder for each subtask, or MME.tsv",
         note="perception and cognition; the paper: LLaVA's prompt",
     ),
     PaperColumn(
