@@ -234,12 +234,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     "The options of the command."
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Train and score a row of a paper's table, beside the paper's numbers. Stopped, it resumes.",
+        description="Train and score a row of a paper's table, beside its own numbers. Stopped, it resumes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="the data folder, as it is downloaded:\n"
-        "  FOLDER/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json  with images/ beside it\n"
-        "  FOLDER/llava_v1_5_mix665k.json  with coco/ gqa/ ocr_vqa/ textvqa/ vg/ beside it\n"
-        "  FOLDER/benchmarks/NAME/                            the files and pictures of each benchmark\n"
+        "  FOLDER/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json with images/ beside it\n"
+        "  FOLDER/llava_v1_5_mix665k.json with coco/ gqa/ ocr_vqa/ textvqa/ vg/ beside it\n"
+        "  FOLDER/benchmarks/NAME/ with the files and pictures of each benchmark\n"
         "--dry-run lists every piece, whether it is there, and where to get it.",
     )
     parser.add_argument("recipe", help="a row of a table, from 'aligned-mllm recipes'")
@@ -277,14 +277,15 @@ def main(
         else:
             print(reproduce(name, options.data, output, options.limit, settings, options.tiny))
     except OSError as error:
-        print(f"aligned_mllm: {error}. What is done is kept; run the same command again", file=sys.stderr)
+        kept = "Finished stages and answers are kept; run the same command again"
+        print(f"aligned_mllm: {error}. {kept}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("\naligned_mllm: stopped. Run the same command again to resume from here", file=sys.stderr)
         return 130
     return 0
 
-# %% ../../nbs/lib/reproduce/20_row.ipynb #f79f05a3
+# %% ../../nbs/lib/reproduce/20_row.ipynb #5b8e1018
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,7 +52,7 @@ def ask_row(
     for folder, (way, names) in askings(row).items():
         longest = tokens or way.max_new_tokens
         place = Path(output) / folder
-        print(f"\nprompt {way.prompt or 'official'}, answers in {place}", flush=True)
+        print(f"\nprompt {way.prompt or 'official'}, answers in {place.parent.name}/{folder}", flush=True)
         score([model], names, data, place, prompt=way.prompt, max_new_tokens=longest, **options)
 
 # %% ../../nbs/lib/reproduce/10_row_table.ipynb #032a2b7f
