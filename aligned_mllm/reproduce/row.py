@@ -227,6 +227,7 @@ def reproduce(
     print(*(f"NOTE: {text}" for text in row_notes(table)), sep="\n")
     if tiny:
         print(TINY_WARNING)
+    print(page)
     return page
 
 # %% ../../nbs/lib/reproduce/20_row.ipynb #67da4a4d
@@ -275,7 +276,7 @@ def main(
         if options.dry_run:
             print(as_text(row_estimate(name, options.data, output or "OUTPUT", settings)))
         else:
-            print(reproduce(name, options.data, output, options.limit, settings, options.tiny))
+            reproduce(name, options.data, output, options.limit, settings, options.tiny)
     except OSError as error:
         kept = "Finished stages and answers are kept; run the same command again"
         print(f"aligned_mllm: {error}. {kept}", file=sys.stderr)
@@ -285,7 +286,7 @@ def main(
         return 130
     return 0
 
-# %% ../../nbs/lib/reproduce/20_row.ipynb #5b8e1018
+# %% ../../nbs/lib/reproduce/20_row.ipynb #6db27cd5
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())
