@@ -6,7 +6,7 @@
 __all__ = ['REMARKS', 'TokenRun', 'FedRecord', 'token_text', 'fed_record', 'gridded', 'patches_as_frames', 'fed_views',
            'tokens_html', 'pictures_html', 'record_html', 'record_line']
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #013d5aca
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #e4ec1293
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,7 +25,7 @@ from ..data.record import Record
 from ..data.views import layout_of
 from ..teachers.pixels import crop_view, normalization_of
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #518c90a0
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #a14a491f
 @dataclass(frozen=True)
 class TokenRun:
     "A token of text, or neighbouring placeholders of one image."
@@ -37,7 +37,7 @@ class TokenRun:
     visual: int  # visual tokens in it; placeholders that show no patch do not count
     views: tuple[int, ...] = ()  # whose tokens begin in it
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #1836a82c
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #b173fe77
 @dataclass(frozen=True, eq=False)
 class FedRecord:
     "One record, and what the collator makes of it."
@@ -72,7 +72,9 @@ class FedRecord:
     @property
     def runs(self) -> list[TokenRun]:
         "The tokens in order; neighbouring placeholders are one run."
-        ids, labels, visual = (self.batch[name][0].tolist() for name in ("input_ids", "labels", "visual_mask"))
+        ids, labels, visual = (
+            self.batch[name][0].tolist() for name in ("input_ids", "labels", "visual_mask")
+        )
         placeholder = layout_of(self.processor).token_id(self.processor)
         found = []
         before = 0  # visual tokens
@@ -89,7 +91,7 @@ class FedRecord:
             start = stop
         return found
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #1f137558
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #0d4c90ac
 def token_text(
     tokenizer,  # of transformers
     index: int,  # of a token in the vocabulary
@@ -102,7 +104,7 @@ def token_text(
     left, _, right = text.partition(inner)
     return f"{'␣' * len(left)}{inner}{'␣' * len(right)}"
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #c794b175
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #96e693e8
 def fed_record(
     samples: Samples,  # of a run: raises for samples that are broken or too long
     index: int,  # of a record
@@ -115,7 +117,7 @@ def fed_record(
     images = tuple(samples.records.image(name) for name in names)
     return FedRecord(record, images, batch, samples.processor, index in samples.cut)
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #c2a8c6aa
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #c7503f2d
 def gridded(
     image: Image.Image,
     grids: Sequence[Sequence[int]],  # rows and columns of each view
@@ -143,7 +145,7 @@ def gridded(
         pen.rectangle((xs[0], ys[0], xs[-1], ys[-1]), outline="#D55E00", width=2)
     return drawn
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #f72582a0
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #1c540334
 def patches_as_frames(
     inputs: dict,  # of Qwen's processors: pixel_values (patches, values) and image_grid_thw (I, 3)
     image_processor,  # with patch_size and merge_size
@@ -152,12 +154,16 @@ def patches_as_frames(
     side, merge = image_processor.patch_size, image_processor.merge_size
     found = []
     counts = inputs["image_grid_thw"].prod(-1).tolist()
-    for (_, rows, columns), part in zip(inputs["image_grid_thw"].tolist(), inputs["pixel_values"].split(counts)):
-        grid = part.reshape(rows // merge, columns // merge, merge, merge, 3, -1, side, side)[:, :, :, :, :, 0]
+    for (_, rows, columns), part in zip(
+        inputs["image_grid_thw"].tolist(), inputs["pixel_values"].split(counts)
+    ):
+        grid = part.reshape(rows // merge, columns // merge, merge, merge, 3, -1, side, side)[
+            :, :, :, :, :, 0
+        ]
         found.append(grid.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * side, columns * side))
     return found
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #c6728c6f
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #68d2100e
 def fed_views(
     fed: FedRecord,
 ) -> tuple[list[Image.Image], bool]:
@@ -175,22 +181,24 @@ def fed_views(
     sizes = [(16 * rows, 16 * columns) for rows, columns in grids]
     return [crop_view(fed.images[of], box, size) for of, box, size in zip(view_of, boxes, sizes)], False
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #4260da29
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #dbcf3a62
 _TOKEN = "display:inline-block;margin:1px;padding:0 3px;white-space:pre;border-bottom:3px solid transparent;"
 _LEARNT = "background:#cfe6f5;border-bottom:3px solid #0072B2;font-weight:600;"
 _VISUAL = "background:#fbe9dc;border:1px dashed #D55E00;border-radius:3px;padding:1px 6px;white-space:normal;"
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #b58ce099
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #35aff5a5
 def _placeholders(fed: FedRecord, run: TokenRun) -> str:
     "What a box of placeholders reads."
     of, grids = fed.batch["view_of"].tolist(), fed.batch["grids"].tolist()
-    views = [f"picture {of[view] + 1}, view {view + 1}: {grids[view][0]} × {grids[view][1]}" for view in run.views]
+    views = [
+        f"picture {of[view] + 1}, view {view + 1}: {grids[view][0]} × {grids[view][1]}" for view in run.views
+    ]
     rest = run.stop - run.start - run.visual
     more = f", {counted(rest, 'placeholder')} without a patch" if rest else ""
     place = f"index {run.start}..{run.stop - 1}"
     return f"▦ {counted(run.visual, 'visual token')}{more}, {place}" + "".join(f"; {each}" for each in views)
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #3bcea103
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #1db3ab7a
 def tokens_html(
     fed: FedRecord,
 ) -> str:
@@ -213,7 +221,7 @@ def tokens_html(
         f"<div style='font:13px/1.6 ui-monospace,Menlo,Consolas,monospace'>{''.join(parts)}</div>"
     )
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #97aec728
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #82b4863c
 def pictures_html(
     fed: FedRecord,
 ) -> str:
@@ -240,12 +248,18 @@ def pictures_html(
             rows, columns = grids[view]
             first = fed.starts[view] + 1
             drawn = gridded(views[view], [(rows, columns)], [(0.0, 0.0, 1.0, 1.0)], 200)
-            size = f"as fed, {views[view].width} × {views[view].height} pixels" if from_batch else "its part"
+            size = (
+                f"as fed, {views[view].width} × {views[view].height} pixels"
+                if from_batch
+                else "cut out (fed in tiles)"
+            )
             words = f"view {view + 1}: {rows} × {columns} (rows × columns), {size}"
-            parts.append(figure(drawn, 200, f"{words}; visual tokens {first} to {first - 1 + rows * columns}"))
+            parts.append(
+                figure(drawn, 200, f"{words}; visual tokens {first} to {first - 1 + rows * columns}")
+            )
     return f"<div>{''.join(parts)}</div>"
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #e9e27a18
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #3cadd185
 def record_html(
     fed: FedRecord,
 ) -> str:
@@ -263,10 +277,16 @@ def record_html(
         f"{pictures_html(fed)}{tokens_html(fed)}</div>"
     )
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #de409656
-REMARKS = ("error", "no token with loss", "truncated", "no picture", "left out")  # for which records are filtered
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #5a0756a8
+REMARKS = (
+    "error",
+    "no token with loss",
+    "truncated",
+    "no picture",
+    "left out",
+)  # for which records are filtered
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #26fdb6b5
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #d2f8d766
 def record_line(
     samples: Samples,
     index: int,  # of a record

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PagedList']
 
-# %% ../../nbs/lib/apps/43_paged_list.ipynb #b974cb46
+# %% ../../nbs/lib/apps/43_paged_list.ipynb #fca80691
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
 
-# %% ../../nbs/lib/apps/43_paged_list.ipynb #9f378f70
+# %% ../../nbs/lib/apps/43_paged_list.ipynb #962330d8
 class PagedList(widgets.VBox):
     "Entries of which one is chosen, a page at a time."
 

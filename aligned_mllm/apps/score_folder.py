@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'find_score_folders', 'kept_answers', 'ScoreFolder', 'verdict_word', 'joined_answers', 'outcome_counts',
            'filtered_answers']
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #aae89cae
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #732d3c97
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..evals.answer_file import questions_digest
 from ..evals.benchmark import BenchmarkQuestion, benchmark_named, chosen_from, verdict_table
 from ..evals.benchmark_data import open_questions
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #f86be735
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #e5a639ad
 def find_score_folders(
     session: Session,
     depth: int = 3,  # folders below the session's folder of runs
@@ -35,7 +35,7 @@ def find_score_folders(
                 found[folder.relative_to(session.root).as_posix()] = folder
     return found
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #8ad80bd7
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #7d6bf539
 def kept_answers(
     path: str | Path,  # answers.jsonl of a model and a benchmark
 ) -> dict[str, dict]:
@@ -51,7 +51,7 @@ def kept_answers(
             raise InputError(found, "an object with id and answer", "restore the file") from None
     return rows
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #0db38964
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #8e220691
 class ScoreFolder:
     "The answers in a folder of `aligned-mllm score`. Raises InputError for a folder without any."
 
@@ -126,7 +126,9 @@ class ScoreFolder:
             questions = self.questions(benchmark, model)
         except InputError as error:
             if rule != facts["rule"]:
-                raise InputError(error.found, "the questions, to judge by another rule", error.remedy) from None
+                raise InputError(
+                    error.found, "the questions, to judge by another rule", error.remedy
+                ) from None
             texts = {"dtype": str, "keep_default_na": False}
             table = pd.read_csv(facts["folder"] / "verdicts.csv", **texts)
             table["verdict"] = pd.to_numeric(table.verdict, errors="coerce")
@@ -150,7 +152,7 @@ class ScoreFolder:
             raise InputError(found, "the folder that was scored", "restore it; its kept answers remain")
         return folder.resolve()
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #ab0a5e43
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #91da18fb
 def verdict_word(
     expected: str,  # the published answer, "" for none
     verdict: float,  # 0 to 1, NaN for an answer that the rule could not parse
@@ -162,7 +164,7 @@ def verdict_word(
         return "unparsed"
     return {0: "wrong", 1: "right"}.get(verdict, "partly right")
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #4f7d0e55
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #9845c247
 def joined_answers(
     verdicts: Sequence[pd.DataFrame],  # from `ScoreFolder.verdicts`, of one model or two
 ) -> pd.DataFrame:
@@ -182,10 +184,17 @@ def joined_answers(
     pairs = zip(joined.word_0, joined.word_1)
     return joined.assign(outcome=[f"both {a}" if a == b else f"changed: {a} to {b}" for a, b in pairs])
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #274cb609
-OUTCOMES = ("changed: right to wrong", "changed: wrong to right", "right", "both right", "wrong", "both wrong")
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #3039dff0
+OUTCOMES = (
+    "changed: right to wrong",
+    "changed: wrong to right",
+    "right",
+    "both right",
+    "wrong",
+    "both wrong",
+)
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #208f16f9
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #e4ee232e
 def outcome_counts(
     answers: pd.DataFrame,  # from `joined_answers`
     column: str = "outcome",  # or "category"
@@ -195,7 +204,7 @@ def outcome_counts(
     order = [*OUTCOMES, *sorted(set(counts.index) - set(OUTCOMES))]
     return {name: int(counts[name]) for name in order if name in counts}
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #e5ff5cbe
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #b1a563a8
 def filtered_answers(
     answers: pd.DataFrame,  # from `joined_answers`
     outcome: str = "",  # "" for all
