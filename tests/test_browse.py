@@ -202,6 +202,7 @@ def test_without_pictures_questions_or_checkpoint_the_rest_still_works(scores):
     )
     app.choice.second.value = "second"
     assert len(ready(app).list.entries) == 5 and "✓" in app.card.value
+    assert "answered by one only: 1 question." in app.work.message.value
     app.button.click()
     assert "no question to ask" in ready(app).work.message.value
     app = ready(Browse(Session(scores.parent, questions=moved)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKS', 'card_pictures', 'accepted_answers', 'question_card', 'offer', 'AnswerChoice', 'Browse']
 
-# %% ../../nbs/lib/apps/44_browse.ipynb #eb2a15c6
+# %% ../../nbs/lib/apps/44_browse.ipynb #e7a490a8
 from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
@@ -20,11 +20,11 @@ from .panels import WIDE, Pair, Panel, Work
 from .score_folder import ScoreFolder, filtered_answers, find_score_folders
 from .score_folder import joined_answers, outcome_counts
 from .session import KnownQuestion, Picture, Session
-from ..core import InputError
+from ..core import InputError, counted
 from ..evals.asking import prompt_record
 from ..evals.benchmark import BenchmarkQuestion
 
-# %% ../../nbs/lib/apps/44_browse.ipynb #a9591456
+# %% ../../nbs/lib/apps/44_browse.ipynb #ca18ee71
 def card_pictures(
     question: BenchmarkQuestion,
     side: int = 320,  # pixels of the longer side, about
@@ -43,7 +43,7 @@ def card_pictures(
         for number, each in enumerate(pictures[:most], 1)
     )
 
-# %% ../../nbs/lib/apps/44_browse.ipynb #3d86f71d
+# %% ../../nbs/lib/apps/44_browse.ipynb #bc8a09b8
 def accepted_answers(
     question: BenchmarkQuestion,
 ) -> list[str]:
@@ -55,10 +55,10 @@ def accepted_answers(
         found.append(f"{text}{option}" + (f" × {count}" if count > 1 else ""))
     return found
 
-# %% ../../nbs/lib/apps/44_browse.ipynb #863d8adc
+# %% ../../nbs/lib/apps/44_browse.ipynb #2665f6ed
 MARKS = {"right": ("✓", "#006b4d"), "wrong": ("✗", "#b34700")}  # of other verdicts: ?
 
-# %% ../../nbs/lib/apps/44_browse.ipynb #50553ec0
+# %% ../../nbs/lib/apps/44_browse.ipynb #c11c9511
 def question_card(
     row,  # of `joined_answers`, as a named tuple
     names: Sequence[str],  # of the models, as in the table
@@ -91,7 +91,7 @@ def question_card(
     parts.append(f"<div style='color:#666'>question {escape(row.id)}, {escape(row.category)}{unit}</div>")
     return f"<div class='aligned-card' style='line-height:1.45;overflow-wrap:anywhere'>{''.join(parts)}</div>"
 
-# %% ../../nbs/lib/apps/44_browse.ipynb #b3bcec65
+# %% ../../nbs/lib/apps/44_browse.ipynb #f4b0037e
 def offer(
     choice: widgets.Dropdown,
     options: Sequence,  # values, or pairs of label and value
@@ -104,7 +104,7 @@ def offer(
         values = [value for _, value in pairs]
         choice.index = values.index(old) if old in values else 0 if values else None
 
-# %% ../../nbs/lib/apps/44_browse.ipynb #05eb925c
+# %% ../../nbs/lib/apps/44_browse.ipynb #6faf529b
 class AnswerChoice(widgets.VBox):
     "The controls that choose a folder of scores, benchmark, rule, and one checkpoint or two; their answers."
 
@@ -117,6 +117,7 @@ class AnswerChoice(widgets.VBox):
         self.folders = find_score_folders(session)
         self.scores = None
         self.answers = None  # from `joined_answers`
+        self.alone = 0  # questions that only one of two models has answered
         self.questions = {}  # of each model, its questions by id; empty if they are gone
         self.quiet = False  # whether changes of the controls come from this class
         self.folder = widgets.Dropdown(options=list(self.folders), description="scores", layout=WIDE)
@@ -156,6 +157,7 @@ class AnswerChoice(widgets.VBox):
             self.quiet = False
         tables = [self.scores.verdicts(benchmark, name, self.rule.value) for name in self.names]
         self.answers = joined_answers(tables)
+        self.alone = len(set().union(*(table.id for table in tables))) - len(self.answers)
 
     def open_questions(self) -> str:
         "Open the questions of the chosen models; a sentence if they are gone or have changed, else empty."
@@ -172,7 +174,7 @@ class AnswerChoice(widgets.VBox):
         self.questions = found
         return note
 
-# %% ../../nbs/lib/apps/44_browse.ipynb #21d4d1e4
+# %% ../../nbs/lib/apps/44_browse.ipynb #cab109ef
 class Browse(widgets.VBox):
     "The application: the kept answers of one or two checkpoints, by verdict and category."
 
@@ -230,7 +232,9 @@ class Browse(widgets.VBox):
             counts = outcome_counts(self.choice.answers, column)
             offer(choice, [("all", ""), *((f"{name} ({count:,})", name) for name, count in counts.items())])
         self.fill()
-        return "Filter, and choose a question; then ask the checkpoints again, to see where they look."
+        alone = f" Left out, answered by one only: {counted(self.choice.alone, 'question')}."
+        text = "Filter, and choose a question; then ask again, to see the attention behind the answer."
+        return text + (alone if self.choice.alone else "")
 
     def fill(self) -> None:
         "List the questions that pass the filters."

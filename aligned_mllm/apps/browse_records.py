@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record_files', 'checkpoint_processor', 'feeding_settings', 'BrowseRecords']
 
-# %% ../../nbs/lib/apps/48_browse_records.ipynb #f47ecb49
+# %% ../../nbs/lib/apps/48_browse_records.ipynb #5f98143f
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..data.open import open_records
 from ..models.adapters import adapter_base
 from ..models.load import fitted_processor, load_processor, saved_config
 
-# %% ../../nbs/lib/apps/48_browse_records.ipynb #390267a3
+# %% ../../nbs/lib/apps/48_browse_records.ipynb #ef27c68f
 def record_files(
     session: Session,
 ) -> dict[str, tuple[Path, Path | None]]:
@@ -54,7 +54,7 @@ def record_files(
                 found[name if name not in found else str(path)] = (path, images)
     return found
 
-# %% ../../nbs/lib/apps/48_browse_records.ipynb #46196213
+# %% ../../nbs/lib/apps/48_browse_records.ipynb #fb8d3f10
 def checkpoint_processor(
     session: Session,
     name: str,  # of a checkpoint
@@ -70,7 +70,7 @@ def checkpoint_processor(
         return session.checkpoint(name).processor
     return fitted_processor(load_processor(source), SimpleNamespace(config=saved_config(source)))
 
-# %% ../../nbs/lib/apps/48_browse_records.ipynb #e9f74624
+# %% ../../nbs/lib/apps/48_browse_records.ipynb #67891278
 def feeding_settings(
     session: Session,
     name: str,  # of a checkpoint
@@ -81,7 +81,7 @@ def feeding_settings(
     settings = load_json(config) if config and config.is_file() else {}
     return {key: settings.get(key, value) for key, value in usual.items()}
 
-# %% ../../nbs/lib/apps/48_browse_records.ipynb #54883630
+# %% ../../nbs/lib/apps/48_browse_records.ipynb #a11beb85
 class BrowseRecords(widgets.VBox):
     "The application: training records, their tokens and their visual tokens."
 

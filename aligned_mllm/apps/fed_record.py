@@ -6,7 +6,7 @@
 __all__ = ['REMARKS', 'TokenRun', 'FedRecord', 'token_text', 'fed_record', 'gridded', 'patches_as_frames', 'fed_views',
            'tokens_html', 'pictures_html', 'record_html', 'record_line']
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #e4ec1293
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #c171bd08
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,7 +25,7 @@ from ..data.record import Record
 from ..data.views import layout_of
 from ..teachers.pixels import crop_view, normalization_of
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #a14a491f
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #6c146977
 @dataclass(frozen=True)
 class TokenRun:
     "A token of text, or neighbouring placeholders of one image."
@@ -37,7 +37,7 @@ class TokenRun:
     visual: int  # visual tokens in it; placeholders that show no patch do not count
     views: tuple[int, ...] = ()  # whose tokens begin in it
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #b173fe77
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #bf1ab99e
 @dataclass(frozen=True, eq=False)
 class FedRecord:
     "One record, and what the collator makes of it."
@@ -91,7 +91,7 @@ class FedRecord:
             start = stop
         return found
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #0d4c90ac
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #e2525d97
 def token_text(
     tokenizer,  # of transformers
     index: int,  # of a token in the vocabulary
@@ -104,7 +104,7 @@ def token_text(
     left, _, right = text.partition(inner)
     return f"{'␣' * len(left)}{inner}{'␣' * len(right)}"
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #96e693e8
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #e3cc0481
 def fed_record(
     samples: Samples,  # of a run: raises for samples that are broken or too long
     index: int,  # of a record
@@ -117,7 +117,7 @@ def fed_record(
     images = tuple(samples.records.image(name) for name in names)
     return FedRecord(record, images, batch, samples.processor, index in samples.cut)
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #c7503f2d
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #1a94e69b
 def gridded(
     image: Image.Image,
     grids: Sequence[Sequence[int]],  # rows and columns of each view
@@ -145,7 +145,7 @@ def gridded(
         pen.rectangle((xs[0], ys[0], xs[-1], ys[-1]), outline="#D55E00", width=2)
     return drawn
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #1c540334
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #b093f4e2
 def patches_as_frames(
     inputs: dict,  # of Qwen's processors: pixel_values (patches, values) and image_grid_thw (I, 3)
     image_processor,  # with patch_size and merge_size
@@ -163,7 +163,7 @@ def patches_as_frames(
         found.append(grid.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * side, columns * side))
     return found
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #68d2100e
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #c03dae67
 def fed_views(
     fed: FedRecord,
 ) -> tuple[list[Image.Image], bool]:
@@ -181,12 +181,12 @@ def fed_views(
     sizes = [(16 * rows, 16 * columns) for rows, columns in grids]
     return [crop_view(fed.images[of], box, size) for of, box, size in zip(view_of, boxes, sizes)], False
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #dbcf3a62
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #cb88250f
 _TOKEN = "display:inline-block;margin:1px;padding:0 3px;white-space:pre;border-bottom:3px solid transparent;"
 _LEARNT = "background:#cfe6f5;border-bottom:3px solid #0072B2;font-weight:600;"
 _VISUAL = "background:#fbe9dc;border:1px dashed #D55E00;border-radius:3px;padding:1px 6px;white-space:normal;"
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #35aff5a5
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #694f6fd2
 def _placeholders(fed: FedRecord, run: TokenRun) -> str:
     "What a box of placeholders reads."
     of, grids = fed.batch["view_of"].tolist(), fed.batch["grids"].tolist()
@@ -198,7 +198,7 @@ def _placeholders(fed: FedRecord, run: TokenRun) -> str:
     place = f"index {run.start}..{run.stop - 1}"
     return f"▦ {counted(run.visual, 'visual token')}{more}, {place}" + "".join(f"; {each}" for each in views)
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #1db3ab7a
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #21b974ae
 def tokens_html(
     fed: FedRecord,
 ) -> str:
@@ -221,7 +221,7 @@ def tokens_html(
         f"<div style='font:13px/1.6 ui-monospace,Menlo,Consolas,monospace'>{''.join(parts)}</div>"
     )
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #82b4863c
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #87b11dc9
 def pictures_html(
     fed: FedRecord,
 ) -> str:
@@ -259,7 +259,7 @@ def pictures_html(
             )
     return f"<div>{''.join(parts)}</div>"
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #3cadd185
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #315ca6b3
 def record_html(
     fed: FedRecord,
 ) -> str:
@@ -277,7 +277,7 @@ def record_html(
         f"{pictures_html(fed)}{tokens_html(fed)}</div>"
     )
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #5a0756a8
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #3f3e4d2f
 REMARKS = (
     "error",
     "no token with loss",
@@ -286,7 +286,7 @@ REMARKS = (
     "left out",
 )  # for which records are filtered
 
-# %% ../../nbs/lib/apps/46_fed_record.ipynb #d2f8d766
+# %% ../../nbs/lib/apps/46_fed_record.ipynb #8e0394fc
 def record_line(
     samples: Samples,
     index: int,  # of a record

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PagedList']
 
-# %% ../../nbs/lib/apps/43_paged_list.ipynb #fca80691
+# %% ../../nbs/lib/apps/43_paged_list.ipynb #750c7071
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
 
-# %% ../../nbs/lib/apps/43_paged_list.ipynb #962330d8
+# %% ../../nbs/lib/apps/43_paged_list.ipynb #54c59965
 class PagedList(widgets.VBox):
     "Entries of which one is chosen, a page at a time."
 

@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'find_score_folders', 'kept_answers', 'ScoreFolder', 'verdict_word', 'joined_answers', 'outcome_counts',
            'filtered_answers']
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #732d3c97
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #e9ed5171
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..evals.answer_file import questions_digest
 from ..evals.benchmark import BenchmarkQuestion, benchmark_named, chosen_from, verdict_table
 from ..evals.benchmark_data import open_questions
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #e5a639ad
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #22eb965f
 def find_score_folders(
     session: Session,
     depth: int = 3,  # folders below the session's folder of runs
@@ -35,7 +35,7 @@ def find_score_folders(
                 found[folder.relative_to(session.root).as_posix()] = folder
     return found
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #7d6bf539
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #c64e5973
 def kept_answers(
     path: str | Path,  # answers.jsonl of a model and a benchmark
 ) -> dict[str, dict]:
@@ -51,7 +51,7 @@ def kept_answers(
             raise InputError(found, "an object with id and answer", "restore the file") from None
     return rows
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #8e220691
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #2927c953
 class ScoreFolder:
     "The answers in a folder of `aligned-mllm score`. Raises InputError for a folder without any."
 
@@ -152,7 +152,7 @@ class ScoreFolder:
             raise InputError(found, "the folder that was scored", "restore it; its kept answers remain")
         return folder.resolve()
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #91da18fb
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #0a30c3ff
 def verdict_word(
     expected: str,  # the published answer, "" for none
     verdict: float,  # 0 to 1, NaN for an answer that the rule could not parse
@@ -164,7 +164,7 @@ def verdict_word(
         return "unparsed"
     return {0: "wrong", 1: "right"}.get(verdict, "partly right")
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #9845c247
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #55aed77e
 def joined_answers(
     verdicts: Sequence[pd.DataFrame],  # from `ScoreFolder.verdicts`, of one model or two
 ) -> pd.DataFrame:
@@ -184,7 +184,7 @@ def joined_answers(
     pairs = zip(joined.word_0, joined.word_1)
     return joined.assign(outcome=[f"both {a}" if a == b else f"changed: {a} to {b}" for a, b in pairs])
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #3039dff0
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #f43df594
 OUTCOMES = (
     "changed: right to wrong",
     "changed: wrong to right",
@@ -194,7 +194,7 @@ OUTCOMES = (
     "both wrong",
 )
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #e4ee232e
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #a74b322a
 def outcome_counts(
     answers: pd.DataFrame,  # from `joined_answers`
     column: str = "outcome",  # or "category"
@@ -204,7 +204,7 @@ def outcome_counts(
     order = [*OUTCOMES, *sorted(set(counts.index) - set(OUTCOMES))]
     return {name: int(counts[name]) for name in order if name in counts}
 
-# %% ../../nbs/lib/apps/42_score_folder.ipynb #b1a563a8
+# %% ../../nbs/lib/apps/42_score_folder.ipynb #3f71c0be
 def filtered_answers(
     answers: pd.DataFrame,  # from `joined_answers`
     outcome: str = "",  # "" for all
