@@ -41,7 +41,7 @@ gpu: .venv/ready  ## everything that is measured on a GPU with 80 GiB, twelve mi
 lab: .venv/ready  ## open JupyterLab on the notebooks, on this machine only (ARGS="--port 9999 --allow-root", ...)
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs $(ARGS)
 
-app: .venv/ready  ## ask a checkpoint, compare two runs: widgets in a browser window, on this machine only (ARGS="--port 9999 --runs folder --model MODEL --data FILE")
+app: .venv/ready  ## ask a checkpoint, compare two runs, browse answers and training records: widgets in a browser window, on this machine only (ARGS="--port 9999 --runs folder --model MODEL --data FILE --scores folder")
 	$(BIN)/python -m aligned_mllm.apps.serve $(ARGS)
 
 docs: .venv/ready  ## build the documentation: _docs/index.html

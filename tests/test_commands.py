@@ -32,6 +32,7 @@ BAD = {
     "aligned_mllm.experiments.gpu_speed": ["--tiny", "--output", "FILE"],
     "aligned_mllm.experiments.gpu_stock": ["--tiny", "--output", "FILE"],
     "aligned_mllm.evals.task": ["--run", "FILE/nowhere", "--data", "FILE"],
+    "aligned_mllm.reproduce.row": ["viral_table2_sam", "--data", "FILE", "--output", "FILE"],
     "aligned_mllm.reporting.score": ["FILE", "--benchmarks", "poppe", "--data", "FILE"],
     "aligned_mllm.training.launch": ["--output", "FILE"],
     "aligned_mllm.worlds.small_clip": ["--pictures", "FILE/nowhere", "--output", "FILE"],

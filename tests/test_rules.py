@@ -139,6 +139,7 @@ ALLOWED = {
     "experiments": "core data models worlds teachers objectives training evals figures analysis reporting",
     "apps": "core data models worlds teachers evals figures analysis",
     "train": "core training experiments",
+    "reproduce": "core data teachers training evals reporting experiments",
     "cli": "core training experiments analysis reporting train",
     "site": "core",
 }

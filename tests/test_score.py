@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from test_benchmarks import FILES, NAMES, TABLES, folder_of, write_table
 from tiny_models import tiny
 
+from aligned_mllm.apps.score_folder import ScoreFolder
 from aligned_mllm.cli import main as cli
 from aligned_mllm.core import InputError, load_json
 from aligned_mllm.data.encode import IGNORED, encode
@@ -86,6 +87,18 @@ def scored(models, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("scores") / "scores"
     score([models / "first", models / "second"], ["pope"], data, output, blind=True, **SHORT)
     return output
+
+
+def test_its_answers_can_be_browsed(scored, models, data):
+    folder = ScoreFolder(scored)
+    for name in ("first", "second"):
+        facts = folder.facts["pope"][name]
+        kept = pd.read_csv(scored / name / "pope" / "verdicts.csv", dtype={"id": str}, keep_default_na=False)
+        found = folder.verdicts("pope", name, facts["rule"])
+        assert found.id.tolist() == kept.id.tolist() and found.answer.tolist() == kept.answer.tolist()
+        assert found.verdict.tolist() == pd.to_numeric(kept.verdict).tolist()
+        assert facts["data"] == str(data.resolve()) and folder.source(name) == (models / name).resolve()
+        assert not folder.changed("pope", name)
 
 
 def mixed_questions(data) -> list[BenchmarkQuestion]:

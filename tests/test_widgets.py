@@ -27,6 +27,7 @@ from aligned_mllm.analysis.checkpoints import LoadedModel
 from aligned_mllm.core import InputError, save_json
 from aligned_mllm.data.collate import model_inputs
 from aligned_mllm.data.records import Records
+from aligned_mllm.reporting.score import score
 from aligned_mllm.worlds.scene_data import Sizes, write_scenes
 from aligned_mllm.worlds.small_models import embedded_model
 from aligned_mllm.analysis.lens import logit_lens, readable_tokens
@@ -93,6 +94,29 @@ def runs(tmp_path_factory, parts) -> Path:
         curve = [(step, "loss", 2 / (1 + seed + step)) for step in range(5)]
         pd.DataFrame(curve, columns=["step", "name", "value"]).to_csv(root / name / "curves.csv", index=False)
     return root
+
+
+@pytest.fixture(scope="module")
+def scores(runs) -> Path:
+    "Both runs scored on four questions in POPE's form; then the first one's answers are made right."
+    rows = []
+    for record in Records(runs / "data" / "test.jsonl"):
+        turn = record.turns[0]
+        if turn.category == "existence":
+            text = turn.question.removeprefix("<image>").strip()
+            row = {"question_id": len(rows), "image": record.images[0], "text": text, "label": turn.answer}
+            rows.append(row)
+    (runs / "data" / "coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    models = [runs / "toy" / name for name in ("first", "second")]
+    folder = score(models, ["pope"], runs / "data", runs / "scores", max_new_tokens=4, draws=20).parent
+    for name, right in (("first", True), ("second", False)):
+        wrong = {"yes": "no", "no": "yes"}
+        lines = []
+        for number, row in enumerate(rows):
+            answer = row["label"] if right or number else wrong[row["label"]]
+            lines.append(json.dumps({"id": f"random-{number}", "answer": answer}) + "\n")
+        (folder / name / "pope" / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -506,7 +530,7 @@ def lab(runs, browser, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def voila(runs, browser, tmp_path_factory):
+def voila(runs, scores, browser, tmp_path_factory):
     port = free_port()
     command = [
         sys.executable,
@@ -693,11 +717,11 @@ def test_ask_in_jupyterlab(browser, lab):
         use_ask(window, {"ready_s": round(time.time() - start, 1)})
 
 
-def test_the_first_page_links_to_both_applications_and_asks_nobody_else(browser, voila):
+def test_the_first_page_links_to_all_applications_and_asks_nobody_else(browser, voila):
     with Window(browser, "start") as window:
         window.page.goto(f"{voila}/?token=only-here")
         assert [link.get_attribute("href") for link in window.page.locator("a").all()] == [
-            f"/voila/render/{name}.ipynb?token=only-here" for name in ("ask", "compare")
+            f"/voila/render/{name}.ipynb?token=only-here" for name in ("ask", "compare", "browse", "records")
         ]
         keep(window.page, "start_1")
         window.page.goto(f"{voila}/voila/tree/nowhere")
@@ -752,6 +776,58 @@ def test_compare_as_an_application(browser, voila, session):
         words.get_by_text("words by states, layer 3").first.wait_for()
         window.page.get_by_text("Visual tokens as images").scroll_into_view_if_needed()
         keep(window.page, "compare_2")
+        assert window.problems == []
+        window.leave()
+        window.asked_only(voila)
+
+
+def test_browse_as_an_application(browser, voila, session):
+    with Window(browser, "browse") as window:
+        window.enter(voila, "Browse answers", "browse")
+        window.says("Filter")
+        window.choose("and", "second")
+        changed = window.page.locator("option", has_text="changed: right to wrong (1)")
+        changed.wait_for(state="attached")
+        window.says("Filter")
+        window.choose("verdict", "changed: right to wrong (1)")
+        window.wait_until("() => document.querySelectorAll('.widget-select option').length === 1")
+        card = window.page.locator(".aligned-card")
+        assert "✓ right" in card.text_content() and "✗ wrong" in card.text_content()
+        prompt = window.page.locator(".aligned-prompt").text_content()
+        window.press("Ask and show attention")
+        window.says("Click a token")
+        window.wait_until(
+            "() => [...document.querySelectorAll('.aligned-panel')]"
+            ".every(e => e.textContent.includes('attention in layer 1'))"
+        )
+        records = session.records("toy/first")
+        asked = [index for index, record in enumerate(records) if record.turns[0].category == "existence"]
+        number = int(card.text_content().split("question random-")[1].split(",")[0])
+        picture = record_picture(records, asked[number])
+        for place, name in enumerate(("toy/first", "toy/second")):
+            expected = ask(session.checkpoint(name), picture, prompt).tokens
+            found = [text.split("  ")[0] for text in window.tokens(place)]
+            assert found == [token.text for token in expected]
+        keep(window.page, "browse_1")
+        assert window.problems == []
+        window.leave()
+        window.asked_only(voila)
+
+
+def test_records_as_an_application(browser, voila, session):
+    with Window(browser, "records") as window:
+        window.enter(voila, "Browse training records", "records")
+        window.says("are encoded")
+        learnt = window.page.locator(".aligned-learnt")
+        records = Records(session.root / "data" / "train.jsonl")
+        words = [turn.answer.split() for turn in records[0].turns]
+        assert learnt.count() == sum(len(answer) + 1 for answer in words)
+        assert "▦ 25 visual tokens" in window.page.locator(".aligned-visual").text_content()
+        assert window.page.locator(".aligned-record img").count() == 2
+        window.page.set_viewport_size({"width": 480, "height": 900})
+        window.page.wait_for_timeout(300)
+        keep(window.page, "records_1")
+        assert window.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert window.problems == []
         window.leave()
         window.asked_only(voila)

@@ -58,16 +58,20 @@ def session_variables(
     models: Sequence[str] = (),  # model folders or hub ids
     data: str = "",  # records to ask them, a file or a folder
     images: str = "",  # folder of the images
+    scores: str = "",  # folder that `aligned-mllm score` has written
+    questions: str = "",  # folder or file of its benchmarks, if they are no longer where they were
 ) -> dict[str, str]:
-    """What `Session` reads: ALIGNED_MLLM_RUNS, _MODELS, _RECORDS and _IMAGES, without the empty ones. Raises
-    InputError for a folder or file that does not exist."""
-    for path, kind in ((runs, "runs"), (images, "images")):
+    """What `Session` reads: ALIGNED_MLLM_RUNS, _MODELS, _RECORDS, _IMAGES, _SCORES and _QUESTIONS, without
+    the empty ones. Raises InputError for a folder or file that does not exist."""
+    for path, kind in ((runs, "runs"), (images, "images"), (scores, "scores")):
         if path and not Path(path).is_dir():
             raise InputError(f"no folder {path}", f"a folder of {kind}", f"correct --{kind}")
-    if data and not Path(data).exists():
-        raise InputError(f"no file {data}", "a file of records, or a data folder", "correct --data")
+    kinds = {"data": "a file of records, or a data folder", "questions": "the files of a benchmark"}
+    for path, kind in ((data, "data"), (questions, "questions")):
+        if path and not Path(path).exists():
+            raise InputError(f"no file {path}", kinds[kind], f"correct --{kind}")
     places = [each if source_kind(each) == "hub" else str(Path(each).resolve()) for each in models]
-    paths = {"RUNS": runs, "RECORDS": data, "IMAGES": images}
+    paths = {"RUNS": runs, "RECORDS": data, "IMAGES": images, "SCORES": scores, "QUESTIONS": questions}
     found = {f"ALIGNED_MLLM_{name}": str(Path(path).resolve()) for name, path in paths.items() if path}
     return {**found, "ALIGNED_MLLM_MODELS": os.pathsep.join(places)} if places else found
 
@@ -99,8 +103,11 @@ def main(
     )
     parser.add_argument("--data", default="", help="what to ask them: a file of records, or a data folder")
     parser.add_argument("--images", default="", help="the folder of its images (default: that of the data)")
+    parser.add_argument("--scores", default="", help="a folder of aligned-mllm score, to browse its answers")
+    parser.add_argument("--questions", default="", help="its benchmarks' files (default: where they were)")
     options = parser.parse_args(arguments)
-    given = session_variables(options.runs, options.model, options.data, options.images)
+    places = (options.data, options.images, options.scores, options.questions)
+    given = session_variables(options.runs, options.model, *places)
     words, extra = voila_command(options.port, not options.no_browser)
     environment = {**os.environ, **extra, **given}
     if os.name == "nt":

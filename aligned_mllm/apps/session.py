@@ -181,11 +181,15 @@ class Session:
         data: str | Path | None = None,  # records to ask them; by default ALIGNED_MLLM_RECORDS
         images: str | Path | None = None,  # of their images; by default ALIGNED_MLLM_IMAGES, or the file's
         kept: int = 2,
+        scores: str | Path | None = None,  # written by `aligned-mllm score`; by default ALIGNED_MLLM_SCORES
+        questions: str | Path | None = None,  # of benchmarks, if moved; by default ALIGNED_MLLM_QUESTIONS
     ):
         root = root or os.environ.get("ALIGNED_MLLM_RUNS") or data_folder().parent / "runs"
         self.root = Path(root).resolve()
         self.data = data or os.environ.get("ALIGNED_MLLM_RECORDS")
         self.images = images or os.environ.get("ALIGNED_MLLM_IMAGES")
+        self.scores = scores or os.environ.get("ALIGNED_MLLM_SCORES")
+        self.questions = questions or os.environ.get("ALIGNED_MLLM_QUESTIONS")
         self.runs = find_runs(self.root)
         self.models = {}
         models = list(models or filter(None, os.environ.get("ALIGNED_MLLM_MODELS", "").split(os.pathsep)))
@@ -211,6 +215,16 @@ class Session:
     def source(self, name: str) -> str | Path:
         "A run folder, a model folder or a hub id. Raises InputError for an unknown name."
         return self.models[name] if name in self.models else self.run(name)
+
+    def name_of(self, source: str | Path, name: str) -> str:
+        "The name of a model folder, run folder or hub id; a new one is made known, if possible as `name`."
+        places = {each: Path(folder).resolve() for each, folder in {**self.models, **self.runs}.items()}
+        wanted = Path(source).resolve()
+        known = [each for each, folder in places.items() if wanted in (folder, folder / "model")]
+        if not known:
+            known = [str(source) if name in places else name]
+            self.models[known[0]] = source
+        return known[0]
 
     def checkpoint(self, name: str) -> LoadedModel:
         "The checkpoint of that name. Raises InputError for an unknown one."

@@ -99,6 +99,7 @@ def open_questions(
     style: str = "",  # of its prompts; the official one by default
     images: str | Path | None = None,  # the folder of the pictures, if it is another one
     follow_links: bool = False,  # links in the folder may lead anywhere: for one that you trust
+    check_images: bool = True,  # whether every picture must exist
 ) -> list[BenchmarkQuestion]:
     """The questions of a benchmark, in the order of its files, as they are put to a model. Of a folder with
     a folder of the benchmark's name in it, that one is read. Raises InputError for a fault, for an id that
@@ -140,7 +141,8 @@ def open_questions(
             raise row.fault(f"the id {question.id!r}, as in {found[question.id]}", "an id of its own")
         found[question.id] = row.where
         questions.append(with_prompt(question, style, template))
-    pictures.require_all()
+    if check_images:
+        pictures.require_all()
     if not questions:
         raise InputError(f"no question of {benchmark.name} in {source}", "one or more", "check the path")
     return questions

@@ -130,7 +130,7 @@ def _result(
     source: _Source,
     benchmark: Benchmark,
     every: Sequence[BenchmarkQuestion],
-    settings: dict,  # prompt, way, max_new_tokens, rule, limit, blind, batch_size, draws
+    settings: dict,  # prompt, way, max_new_tokens, rule, limit, blind, batch_size, draws, data, images
 ) -> BenchmarkResult:
     "Answers, verdicts and scores of one model on one benchmark, written to its folder."
     questions = limited(every, settings["limit"])
@@ -143,6 +143,7 @@ def _result(
         blind = without.answers(questions)
     kept.answers(questions)
     facts = {**common, "limit": settings["limit"], "total": len(every), "path": str(source.source)}
+    facts |= {name: settings[name] for name in ("data", "images")}
     facts |= {**source.identity(), "environment": environment()}
     facts["checksum"] = facts["model"]
     rows = [kept.rows[each.id] for each in questions]
@@ -189,6 +190,14 @@ def _require_export(
         chosen_from({"vlmevalkit": tsv_rows}, export, "export")
         next(tsv_rows(benchmark, data), None)
 
+# %% ../../nbs/lib/reporting/55_score.ipynb #3e0f4dee
+def _place(
+    source: str | Path,  # a folder, a file, OWNER/NAME of the hub, "hub", or "" for none
+) -> str:
+    "The same as scores.json keeps it, for those who open the questions again: a path from the root."
+    there = str(source) not in ("", "hub") and Path(source).exists()
+    return str(Path(source).resolve() if there else source)
+
 # %% ../../nbs/lib/reporting/55_score.ipynb #985dadb7
 def score(
     sources: Sequence[str | Path],  # run folders, model or adapter folders, or hub ids; the baseline first
@@ -224,6 +233,7 @@ def score(
         _require_export(export, benchmark, data)
         every = open_questions(benchmark, data, settings["prompt"], images)
         settings |= {"rule": rule, "limit": limit, "blind": blind, "batch_size": batch_size, "draws": draws}
+        settings |= {"data": _place(data), "images": _place(images or "")}
         jobs.append((benchmark, every, settings))
     models = _sources(sources, output, dtype)
     found = []

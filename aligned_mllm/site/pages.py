@@ -27,7 +27,7 @@ SECTIONS = {  # folder below nbs: heading in the side bar, pages that come first
 # %% ../../nbs/lib/site/00_pages.ipynb #8740ecb1
 ROOMS = (
     "core __init__ data models worlds teachers objectives evals training figures analysis reporting "
-    "experiments apps train cli site"
+    "experiments apps train reproduce cli site"
 ).split()
 
 # %% ../../nbs/lib/site/00_pages.ipynb #5ad752c9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['student_shape', 'shape_of_teacher', 'shape_of_labels', 'objective_shapes', 'settings_with_sources', 'sample_size',
-           'step_plan', 'dry_run', 'trained_parts', 'settings_of_labels', 'smoke_test_runs']
+           'step_plan', 'dry_run', 'trained_parts', 'settings_of_labels', 'settings_by_stage', 'smoke_test_runs']
 
 # %% ../../nbs/lib/training/70_dry_run.ipynb #3842db0f
 import math
@@ -255,6 +255,22 @@ def settings_of_labels(
     labels = {key.partition(".")[0] for key in wanted if "." in key}
     return {key: value for key, value in settings.items() if "." in key and key.partition(".")[0] in labels}
 
+# %% ../../nbs/lib/training/70_dry_run.ipynb #a7e71d4a
+def settings_by_stage(
+    name: str,  # a recipe
+    settings: dict,  # what differs from it, for both stages
+) -> dict[str, dict]:
+    """For the recipe and the one that it starts from: the settings that each takes. Those of an objective go
+    to the stages that have it, LoRA and residual to the later one."""
+    first = book_of(name).stage1(name)
+    wanted = {each: settings_of_labels(settings, recipe(each)) for each in (first, name)}
+    if first == name:
+        return {name: dict(settings)}
+    common = {key: value for key, value in settings.items() if key not in wanted[first]}
+    own = ("residual", "lora_")
+    shared = {key: value for key, value in common.items() if "." not in key and not key.startswith(own)}
+    return {first: {**shared, **wanted[first]}, name: {**common, **wanted[name]}}
+
 # %% ../../nbs/lib/training/70_dry_run.ipynb #5961a6b2
 def smoke_test_runs(
     name: str,  # a recipe of published parts
@@ -268,19 +284,15 @@ def smoke_test_runs(
     first = book_of(name).stage1(name)
     wanted = recipe(name)
     common = {**({} if torch.cuda.is_available() else {"use_cpu": True}), **(settings or {})}
+    shared = settings_by_stage(name, common)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--tiny in several processes", "one", "start it with python -m aligned_mllm.train")
     if wanted.get("model") == "composed" and not (data / wanted["records"]).is_file():
         tiny_data(data)
-    earlier = settings_of_labels(common, recipe(first))
-    later = {key: value for key, value in common.items() if key not in earlier or first == name}
-    later |= settings_of_labels(common, wanted)
-    changes = {**tiny_settings(wanted, data, world / "parts"), **later}
+    changes = {**tiny_settings(wanted, data, world / "parts"), **shared[name]}
     stages = []
     if first != name:
-        own = ("residual", "lora_")
-        shared = {key: value for key, value in common.items() if "." not in key and not key.startswith(own)}
         tiny = tiny_settings(recipe(first), data, world / "parts")
-        stages = [(first, data, world / "stage1", {**tiny, **shared, **earlier})]
+        stages = [(first, data, world / "stage1", {**tiny, **shared[first]})]
         changes["model"] = str(world / "stage1" / "model")
     return [*stages, (name, data, Path(output), changes)]

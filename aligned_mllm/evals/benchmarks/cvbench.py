@@ -52,7 +52,9 @@ def _aggregate(verdicts: pd.DataFrame) -> dict[str, float]:
         f"plain {name}" if name == "overall" else name: value
         for name, value in mean_verdict(verdicts).items()
     }
-    return {"CV-Bench": (flat + omni) / 2, "2D": flat, "3D": omni, **sources, **plain}
+    questions = verdicts[verdicts.source != "Omni3D"].verdict.mean()
+    found = {"CV-Bench": (flat + omni) / 2, "2D": flat, "3D": omni, **sources, **plain}
+    return {**found, "2D, questions alike (VIRAL)": float(questions)}
 
 # %% ../../../nbs/lib/evals/43_benchmarks.cvbench.ipynb #9f3b38ae
 def _whole_letter(answer: str, options: tuple[str, ...]) -> str:

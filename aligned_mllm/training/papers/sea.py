@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SEA_LANGUAGE', 'SEA_VISION', 'SEA_LABELS', 'SEA_STATED', 'SEA_OPEN', 'SEA_TRAINING', 'SEA_TABLES', 'SEA_SOURCES',
-           'SEA_PRIME_SOURCES', 'SEA_RECIPES', 'SEA_STARTS', 'BOOK', 'sea_recipes', 'sea_sources']
+           'SEA_PRIME_SOURCES', 'SEA_RECIPES', 'SEA_STARTS', 'SEA_COLUMNS', 'SEA_ORDER', 'SEA_SCORES', 'BOOK',
+           'sea_recipes', 'sea_sources', 'llava_scoring', 'sea_scores']
 
 # %% ../../../nbs/lib/training/22_papers.sea.ipynb #dc6c628d
 from ...objectives.sea import Sea
 from ..llava_stages import FULL_STAGE2, LLAVA_SOURCES, STAGE1
+from ..paper_scores import PaperColumn, PaperRow, Scoring
 from ..recipes import RecipeBook, described, register_book
 
 # %% ../../../nbs/lib/training/22_papers.sea.ipynb #65ae81ab
@@ -154,6 +156,117 @@ def sea_sources(
     known = {**SEA_SOURCES, **(SEA_PRIME_SOURCES if prime else {})}
     return {key: known[key] for key in SEA_RECIPES[name]}
 
+# %% ../../../nbs/lib/training/22_papers.sea.ipynb #4c7368f0
+def llava_scoring(
+    *measures: str,  # of the benchmark's numbers
+    rule: str = "",  # the official one by default
+) -> Scoring:
+    "With LLaVA-1.5's prompt."
+    return Scoring(measures, "llava", rule)
+
+# %% ../../../nbs/lib/training/22_papers.sea.ipynb #9bb94614
+_SERVER = "LLaVA-1.5's number is of a test split that a server scores; here those that are in the folder"
+SEA_COLUMNS = {
+    each.name: each
+    for each in (
+        PaperColumn(
+            "VQAv2", "vqav2", llava_scoring("overall"), llava_scoring("overall", rule="llava"), note=_SERVER
+        ),
+        PaperColumn(
+            "TextVQA",
+            "textvqa",
+            llava_scoring("overall"),
+            questions=5000,
+            note="LLaVA-1.5's prompt lists OCR tokens: use a file that has the column ocr_tokens",
+        ),
+        PaperColumn(
+            "GQA",
+            "gqa",
+            llava_scoring("overall"),
+            llava_scoring("overall", rule="llava"),
+            questions=12578,
+            note="the balanced test-dev questions",
+        ),
+        PaperColumn(
+            "SQA-I",
+            "scienceqa",
+            llava_scoring("overall"),
+            questions=2017,
+            note="test questions with a picture",
+        ),
+        PaperColumn(
+            "MMB",
+            "mmbench",
+            llava_scoring("circular"),
+            note="LLaVA-1.5's number is from a server, which also reads unclear answers with GPT",
+        ),
+        PaperColumn(
+            "POPE",
+            "pope",
+            llava_scoring("mean F1"),
+            note="LLaVA-1.5 used the older random file of 2,910 questions",
+        ),
+        PaperColumn(
+            "VizWiz", "vizwiz", llava_scoring("overall"), llava_scoring("overall", rule="llava"), note=_SERVER
+        ),
+        PaperColumn("MM-Vet", note="judged by GPT-4: cannot be scored here"),
+        PaperColumn("MMVP", "mmvp", llava_scoring("pairs"), questions=300, note="Table 5 alone"),
+    )
+}
+
+# %% ../../../nbs/lib/training/22_papers.sea.ipynb #7a12d2ee
+_EIGHT = "VQAv2 TextVQA GQA SQA-I MMB POPE VizWiz MM-Vet"
+SEA_ORDER = {  # table to its columns
+    "table1": _EIGHT,
+    "table2": _EIGHT,
+    "table4": "VQAv2 TextVQA GQA SQA-I MMB VizWiz",
+    "table5": f"{_EIGHT} MMVP",
+}
+
+# %% ../../../nbs/lib/training/22_papers.sea.ipynb #438b5810
+SEA_SCORES = {  # recipe to the numbers of its row
+    "sea_table1_gemma2b_siglip_sea": (81.0, 60.7, 62.4, 69.2, 68.8, 87.8, 61.9, 38.0),
+    "sea_table1_phi3_siglip_sea": (80.7, 64.0, 62.0, 78.7, 72.6, 87.0, 61.9, 46.8),
+    "sea_table1_vicuna7b_siglip_sea": (81.4, 67.2, 63.1, 73.9, 75.6, 88.4, 63.8, 44.2),
+    "sea_table1_llama3_siglip_sea": (83.1, 68.0, 65.1, 79.0, 76.0, 87.4, 64.7, 46.0),
+    "sea_table1_vicuna13b_siglip_sea": (81.9, 66.2, 64.3, 80.9, 76.9, 86.7, 63.6, 48.8),
+    "sea_table2_vicuna7b_clip_plain": (78.8, 58.3, 62.0, 67.9, 66.2, 86.5, 45.7, 30.7),
+    "sea_table2_vicuna7b_clip_sea": (79.1, 58.9, 63.2, 69.4, 66.8, 87.6, 48.8, 31.9),
+    "sea_table2_gemma2b_clip_plain": (72.5, 43.7, 56.0, 61.3, 54.0, 84.4, 38.7, 23.9),
+    "sea_table2_gemma2b_clip_sea": (76.6, 49.7, 60.9, 62.5, 59.5, 87.0, 39.5, 27.6),
+    "sea_table2_phi3_clip_plain": (77.4, 54.6, 60.8, 73.0, 68.7, 86.5, 37.1, 35.4),
+    "sea_table2_phi3_clip_sea": (77.5, 55.3, 61.0, 74.2, 69.4, 87.0, 39.0, 34.7),
+    "sea_table2_llama3_clip_plain": (79.4, 57.7, 63.7, 76.0, 72.5, 87.0, 48.1, 34.0),
+    "sea_table2_llama3_clip_sea": (79.6, 58.0, 63.8, 76.6, 72.0, 87.0, 45.2, 36.3),
+    "sea_table2_vicuna13b_clip_plain": (80.0, 60.8, 63.3, 71.6, 67.7, 87.6, 53.6, 35.1),
+    "sea_table2_vicuna13b_clip_sea": (79.8, 60.4, 63.8, 71.7, 68.0, 87.6, 57.3, 35.8),
+    "sea_table2_vicuna7b_siglip_plain": (80.8, 62.3, 63.2, 70.6, 68.0, 86.7, 51.1, 32.9),
+    "sea_table2_vicuna7b_siglip_sea": (80.9, 62.6, 63.4, 71.3, 68.4, 87.3, 52.4, 34.6),
+    "sea_table4_vicuna7b_clip_plain": (80.3, 59.1, 63.4, 67.0, 66.1, 50.3),
+    "sea_table4_vicuna7b_clip_sea": (80.5, 59.5, 63.6, 69.5, 68.0, 51.6),
+    "sea_table5_vicuna7b_dinov2_plain": (71.4, 45.8, 58.6, 63.9, 54.2, 84.8, 37.6, 20.9, 31.3),
+    "sea_table5_vicuna7b_dinov2_sea": (74.0, 45.8, 60.9, 65.1, 57.6, 86.1, 39.6, 20.8, 32.0),
+}
+
+# %% ../../../nbs/lib/training/22_papers.sea.ipynb #82ccdc6c
+def sea_scores(
+    name: str,  # a key of SEA_RECIPES
+) -> PaperRow | None:
+    "What the paper reports for a row; None for a stage 1 and for a row that it does not have."
+    if name not in SEA_SCORES:
+        return None
+    table = name.split("_")[1]
+    order = SEA_ORDER[table].split()
+    plain = name.removesuffix("sea") + "plain"
+    return PaperRow(
+        f"arXiv 2408.11813v2, Table {table.removeprefix('table')}",
+        dict(zip(order, SEA_SCORES[name], strict=True)),
+        tuple(SEA_COLUMNS[column] for column in order),
+        "LLaVA-1.5's prompts and scripts: the paper follows LLaVA-1.5 and names no rule",
+        plain if name.endswith("_sea") and plain in SEA_SCORES else "",
+        ("The paper has one run of each row and no interval.",),
+    )
+
 # %% ../../../nbs/lib/training/22_papers.sea.ipynb #ac05df65
 BOOK = register_book(
     "sea",
@@ -165,5 +278,6 @@ BOOK = register_book(
         ),
         sea_sources,
         lambda name: SEA_STARTS.get(name, name),
+        sea_scores,
     ),
 )
