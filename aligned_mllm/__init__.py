@@ -15,6 +15,7 @@ NAMES = {  # name: its module
     "AlignTrainer": "training.run",
     "Viral": "objectives.viral",
     "Sea": "objectives.sea",
+    "Vpit": "objectives.vpit",
     "Objective": "objectives.base",
     "Tap": "objectives.base",
     "Target": "objectives.base",

@@ -235,6 +235,28 @@ def test_a_run_leaves_a_model_that_makes_pictures(small_data, tmp_path):
     assert cosine > 0.3
 
 
+def test_with_lora_the_new_words_train_as_well(small_data, tmp_path):
+    "Their rows alone, in and out; the adapter's folder holds them beside a base model without these words."
+    lines = [json.loads(line) for line in (small_data / "train.jsonl").read_text().splitlines()[:8]]
+    turns = [{"from": "human", "value": "red circle"}, {"from": "gpt", "value": "<image>"}]
+    rows = [{"id": "0", "image": line["image"], "conversations": turns} for line in lines]
+    (small_data / "lora.json").write_text(json.dumps(rows))
+    model, processor = embedded_model(data_folder() / "parts")
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    settings = {"model": str(tmp_path / "start"), "records": "lora.json", "image_tokens": 16, "lora_rank": 4}
+    settings |= {"vpit.weight": 1.0, "learning_rate": 1e-2, "max_steps": 4, "save_steps": 2, "logging_steps": 2}
+    folder = run("", small_data, tmp_path / "run", {**settings, "use_cpu": True, "disable_tqdm": True})
+    merged, _ = load_model(folder / "model")
+    adapted, _ = load_model(folder / "adapter")
+    words = merged.config.aligned_image_words
+    for name, layer in layers_of(merged).items():
+        assert torch.equal(layer.weight, layers_of(adapted)[name].weight)
+        before = layers_of(model)[name].weight
+        assert torch.equal(layer.weight[: words[0]], before)
+        assert (layer.weight[words] - before.mean(0)).abs().max() > 1e-3
+
+
 def test_what_cannot_be_is_refused(small_data, tmp_path):
     model, processor = embedded_model(data_folder() / "parts")
     with pytest.raises(InputError, match="25 visual tokens for pictures of 40 pixels|one of"):

@@ -38,6 +38,7 @@ def add_image_words(
 ) -> None:
     "Make IMAGE_ENDS words of the tokenizer, with the mean of all rows as embedding and output vector."
     new = tokenizer.add_tokens([word for word in IMAGE_ENDS if word not in tokenizer.get_added_vocab()], True)
+    model.config.aligned_image_words = tokenizer.convert_tokens_to_ids(list(IMAGE_ENDS))
     if not new:
         return
     known = len(tokenizer) - new

@@ -17,7 +17,7 @@ from ..core import InputError, from_source, is_hub_id, load_json, save_json, spl
 from ..data.views import known_layout
 from .adapters import adapter_base, with_adapter
 from .compose import fill_padding_token, require_vocabulary
-from .image_tokens import add_picture_tokens
+from .image_tokens import add_image_words, add_picture_tokens
 from .residual import add_residual, restore_residual
 from .rotary import add_rotary_2d
 from .visual_norm import add_visual_norm
@@ -226,7 +226,7 @@ def adapted_base(
     dtype: torch.dtype,  # of its weights
 ) -> tuple:
     """(model, processor) that an adapter is put onto: its weights rounded as they were in training, its
-    hooks and its residual added if it has none."""
+    hooks, its words for images and its residual added if it has none."""
     model, processor = load_model(base, getattr(torch, changes.get("base_type", ""), dtype))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -234,6 +234,8 @@ def adapted_base(
     for name, add in HOOKS.items():
         if name in missing:
             add(model, changes[name])
+    if "aligned_picture_tokens" in missing:
+        add_image_words(model, processor.tokenizer)
     if "aligned_residual" in missing:
         add_residual(model, **changes["aligned_residual"])
     return model, processor

@@ -127,7 +127,8 @@ def add_lora(
     dora: bool = False,  # DoRA (arXiv 2402.09353): length and direction of a weight column train separately
 ) -> nn.Module:
     """The model wrapped by PEFT: LoRA or DoRA on every linear layer inside the language model's blocks,
-    in the model's own type. The whole projector trains."""
+    in the model's own type. The whole projector trains, and so do the rows of words that were added for images
+    (`models.image_tokens`)."""
     from peft import LoraConfig, get_peft_model
 
     parts = parts_of(model)
@@ -137,6 +138,9 @@ def add_lora(
     projector = []
     for module in parts["projector"]:
         projector += list(module) if isinstance(module, nn.ModuleList) else [module]
+    words = getattr(model.config, "aligned_image_words", [])
+    ends = {names[layer] for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if words}
+    added = dict.fromkeys(ends, words)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha or 2 * rank,
@@ -145,5 +149,6 @@ def add_lora(
         bias="none",
         modules_to_save=[names[module] for module in projector],
         target_modules=[name for module, name in names.items() if module in linear],
+        trainable_token_indices=added or None,
     )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
