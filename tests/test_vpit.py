@@ -245,7 +245,8 @@ def test_with_lora_the_new_words_train_as_well(small_data, tmp_path):
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
     settings = {"model": str(tmp_path / "start"), "records": "lora.json", "image_tokens": 16, "lora_rank": 4}
-    settings |= {"vpit.weight": 1.0, "learning_rate": 1e-2, "max_steps": 4, "save_steps": 2, "logging_steps": 2}
+    settings |= {"vpit.weight": 1.0, "learning_rate": 1e-2}
+    settings |= {"max_steps": 4, "save_steps": 2, "logging_steps": 2}
     folder = run("", small_data, tmp_path / "run", {**settings, "use_cpu": True, "disable_tqdm": True})
     merged, _ = load_model(folder / "model")
     adapted, _ = load_model(folder / "adapter")

@@ -127,8 +127,8 @@ def add_lora(
     dora: bool = False,  # DoRA (arXiv 2402.09353): length and direction of a weight column train separately
 ) -> nn.Module:
     """The model wrapped by PEFT: LoRA or DoRA on every linear layer inside the language model's blocks,
-    in the model's own type. The whole projector trains, and so do the rows of words that were added for images
-    (`models.image_tokens`)."""
+    in the model's own type. The whole projector trains, and so do the rows of words that were added for
+    images (`models.image_tokens`)."""
     from peft import LoraConfig, get_peft_model
 
     parts = parts_of(model)
