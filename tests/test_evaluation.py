@@ -135,6 +135,8 @@ def test_questions_without_an_answer_and_answers_without_a_verdict(tmp_path, sma
     Image.new("RGB", (8, 8)).save(tmp_path / "gqa" / "a.jpg")
     with pytest.raises(InputError, match="without a published answer"):
         RunBenchmarks(["gqa"], tmp_path / "gqa")
+    with pytest.raises(InputError, match="benchmark_limit -1"):
+        RunBenchmarks(["gqa"], questions["benchmark_data"], limit=-1)
     settings = {**SHORT, **questions}
     trainer = trainer_of(configured("scenes_lora_viral", small_data, tmp_path / "run", settings))
     benchmark, chosen = trainer.benchmarks.questions["gqa"]

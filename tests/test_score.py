@@ -370,6 +370,7 @@ def test_bad_input_is_one_line_and_status_2(models, data, tmp_path, capsys):
         (tmp_path / "bare" / name).symlink_to(models / "first" / name)
     there = ("--data", str(data))
     assert "perhaps pope" in refused(first, "--benchmarks", "poppe", *there)
+    assert "no benchmark" in refused(first, "--benchmarks", ",", *there)
     assert "nowhere" in refused(first, "--benchmarks", "pope", "--data", str(tmp_path / "nowhere"))
     assert "nowhere" in refused(str(tmp_path / "nowhere"), "--benchmarks", "pope", *there)
     assert "processor" in refused(str(tmp_path / "bare"), "--benchmarks", "pope", *there)

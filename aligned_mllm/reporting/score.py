@@ -33,6 +33,7 @@ from ..evals.asking import ANSWER_WAYS, answer_batches, asked_as
 from aligned_mllm.evals.benchmark import (
     Benchmark,
     BenchmarkQuestion,
+    all_benchmarks,
     benchmark_named,
     chosen_from,
 )
@@ -226,6 +227,9 @@ def score(
             found, f"one of {', '.join(ANSWER_WAYS)}, float32 or bfloat16, 0 or more", "correct it"
         )
     chosen = [benchmark_named(name) for name in dict.fromkeys(benchmarks)]
+    if not chosen:
+        known = sorted(all_benchmarks())
+        raise InputError("no benchmark", f"one or more of {known}", "name them, with commas")
     jobs = []
     for benchmark in chosen:
         chosen_from(benchmark.rules, rule, f"rule of {benchmark.name}")

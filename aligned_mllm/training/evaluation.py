@@ -64,6 +64,8 @@ class RunBenchmarks:
         limit: int = 0,  # about so many questions of each; 0 for all
         batch_size: int = 8,  # questions of one process at a time
     ):
+        if limit < 0:
+            raise InputError(f"benchmark_limit {limit}", "0 for all, or more", "correct the setting")
         self.batch_size = batch_size
         self.questions: dict[str, tuple[Benchmark, list[BenchmarkQuestion]]] = {}
         self.facts: dict[str, dict] = {}  # by name; `benchmarks.json` of the run folder
@@ -75,10 +77,14 @@ class RunBenchmarks:
             if not published:
                 found = f"the {len(every)} questions of {name} in {data} without a published answer"
                 raise InputError(found, "questions that can be judged", f"leave {name} out of benchmarks")
+            if len(published) < len(every):
+                lacking = len(every) - len(published)
+                print(f"{name}: {lacking} of {len(every)} questions have no published answer")
             questions = limited(published, limit)
             self.questions[name] = benchmark, questions
-            counts = {"questions": len(questions), "total": len(every), "digest": questions_digest(questions)}
-            self.facts[name] = {**how, "rule": next(iter(benchmark.rules)), **counts}
+            counts = {"questions": len(questions), "total": len(published)}
+            about = {"rule": next(iter(benchmark.rules)), "digest": questions_digest(questions)}
+            self.facts[name] = {**how, **counts, **about}
 
     def scores(
         self,
