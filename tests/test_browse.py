@@ -17,13 +17,14 @@ from aligned_mllm.apps.browse import Browse, question_card
 from aligned_mllm.apps.browse_records import BrowseRecords, checkpoint_processor, record_files
 from aligned_mllm.apps.fed_record import fed_record, fed_views, record_html, record_line, tokens_html
 from aligned_mllm.apps.paged_list import PagedList
-from aligned_mllm.apps.score_folder import ScoreFolder, filtered_answers, joined_answers, kept_answers
+from aligned_mllm.apps.score_folder import ScoreFolder, filtered_answers, joined_answers
 from aligned_mllm.apps.score_folder import outcome_counts
 from aligned_mllm.apps.serve import session_variables
 from aligned_mllm.apps.session import EMBEDDED, Session
 from aligned_mllm.core import InputError, save_json
 from aligned_mllm.data.collate import Samples
 from aligned_mllm.data.open import open_records
+from aligned_mllm.evals.answer_file import kept_answers
 from aligned_mllm.evals.benchmark import BenchmarkQuestion, benchmark_named, verdict_table
 from aligned_mllm.teachers.pixels import crop_view
 from aligned_mllm.worlds.small_models import embedded_model

@@ -194,31 +194,26 @@ def test_upsampled_tokens_and_single_ones_pass_the_projector(parts):
     assert picture_tokens(features, 4).dtype == torch.bfloat16
 
 
+def trained(data, folder, count: int, **settings) -> tuple:
+    "The embedded model, and the folder of a run that starts from it: so many pictures of one question."
+    lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()[:count]]
+    turns = [{"from": "human", "value": "red circle"}, {"from": "gpt", "value": "<image>"}]
+    rows = [
+        {"id": str(number), "image": line["image"], "conversations": turns}
+        for number, line in enumerate(lines)
+    ]
+    (data / "drawn.json").write_text(json.dumps(rows))
+    model, processor = embedded_model(data_folder() / "parts")
+    model.save_pretrained(folder / "start")
+    processor.save_pretrained(folder / "start")
+    common = {"model": str(folder / "start"), "records": "drawn.json", "image_tokens": 16}
+    common |= {"vpit.weight": 1.0, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    return model, run("", data, folder / "run", {**common, **settings, "use_cpu": True, "disable_tqdm": True})
+
+
 def test_a_run_leaves_a_model_that_makes_pictures(small_data, tmp_path):
     "From settings: stage 2 with pictures in answers; loaded again, head included, it says <image_start>."
-    lines = [json.loads(line) for line in (small_data / "train.jsonl").read_text().splitlines()[:24]]
-    rows = []
-    for number, line in enumerate(lines):
-        turns = [{"from": "human", "value": "red circle"}, {"from": "gpt", "value": "<image>"}]
-        rows.append({"id": str(number), "image": line["image"], "conversations": turns})
-    (small_data / "drawn.json").write_text(json.dumps(rows))
-    model, processor = embedded_model(data_folder() / "parts")
-    model.save_pretrained(tmp_path / "start")
-    processor.save_pretrained(tmp_path / "start")
-    settings = {
-        "model": str(tmp_path / "start"),
-        "records": "drawn.json",
-        "image_tokens": 16,
-        "vpit.weight": 1.0,
-        "learning_rate": 1e-2,
-        "max_steps": 24,
-        "save_steps": 12,
-        "logging_steps": 4,
-        "per_device_train_batch_size": 8,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    folder = run("", small_data, tmp_path / "run", settings)
+    _, folder = trained(small_data, tmp_path, 24, max_steps=24, save_steps=12, logging_steps=4)
     curves = pd.read_csv(folder / "curves.csv").pivot(index="step", columns="name", values="value")
     assert curves.loss_vpit.iloc[-1] < curves.loss_vpit.iloc[0] - 0.3
     torch.testing.assert_close(-curves.loss_vpit.iloc[-1], curves["vpit.cosine"].iloc[-1], atol=1e-3, rtol=0)
@@ -237,17 +232,8 @@ def test_a_run_leaves_a_model_that_makes_pictures(small_data, tmp_path):
 
 def test_with_lora_the_new_words_train_as_well(small_data, tmp_path):
     "Their rows alone, in and out; the adapter's folder holds them beside a base model without these words."
-    lines = [json.loads(line) for line in (small_data / "train.jsonl").read_text().splitlines()[:8]]
-    turns = [{"from": "human", "value": "red circle"}, {"from": "gpt", "value": "<image>"}]
-    rows = [{"id": "0", "image": line["image"], "conversations": turns} for line in lines]
-    (small_data / "lora.json").write_text(json.dumps(rows))
-    model, processor = embedded_model(data_folder() / "parts")
-    model.save_pretrained(tmp_path / "start")
-    processor.save_pretrained(tmp_path / "start")
-    settings = {"model": str(tmp_path / "start"), "records": "lora.json", "image_tokens": 16, "lora_rank": 4}
-    settings |= {"vpit.weight": 1.0, "learning_rate": 1e-2}
-    settings |= {"max_steps": 4, "save_steps": 2, "logging_steps": 2}
-    folder = run("", small_data, tmp_path / "run", {**settings, "use_cpu": True, "disable_tqdm": True})
+    settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 2, "lora_rank": 4}
+    model, folder = trained(small_data, tmp_path, 8, **settings)
     merged, _ = load_model(folder / "model")
     adapted, _ = load_model(folder / "adapter")
     words = merged.config.aligned_image_words

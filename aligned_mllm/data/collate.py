@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOO_LONG', 'TooLong', 'Samples', 'estimated_lengths', 'truncate', 'left_out_of', 'cat_padded', 'Collator',
-           'model_inputs']
+           'model_inputs', 'placed_inputs']
 
 # %% ../../nbs/lib/data/20_collate.ipynb #6c4d2568
 from collections.abc import Callable, Iterable, Sequence
@@ -290,3 +290,13 @@ def model_inputs(
     aside = {"labels", "visual_mask", "visual_answers", "grids", "boxes", "view_of", "image_names"}
     aside |= {"index", "asked", "view_pixels", "targets", "keep"}
     return {name: value for name, value in batch.items() if name not in aside}
+
+# %% ../../nbs/lib/data/20_collate.ipynb #9c406de0
+def placed_inputs(
+    batch: dict,  # from the collator
+    model: torch.nn.Module,  # of transformers
+) -> dict:
+    "`model_inputs` on the model's device; pixels and other real numbers also in its type."
+    kinds = {True: model.dtype, False: None}
+    inputs = model_inputs(batch).items()
+    return {name: value.to(model.device, kinds[value.is_floating_point()]) for name, value in inputs}

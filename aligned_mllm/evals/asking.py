@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..core import InputError
-from ..data.collate import Collator, model_inputs
+from ..data.collate import Collator, placed_inputs
 from ..data.encode import IGNORED, encode
 from ..data.record import IMAGE, Record, Turn
 from .benchmark import LIKELIHOOD, Benchmark, BenchmarkQuestion
@@ -44,10 +44,7 @@ def _inputs(
     "The arguments of the model's forward, on its device and in its type, and the labels (B, S)."
     samples = [encode(record, images, processor, not generate) for record, images in records]
     batch = Collator(processor.tokenizer.pad_token_id, "left" if generate else "right")(samples)
-    inputs = {}
-    for name, value in model_inputs(batch).items():
-        inputs[name] = value.to(model.device, model.dtype if value.is_floating_point() else None)
-    return inputs, batch["labels"].to(model.device)
+    return placed_inputs(batch, model), batch["labels"].to(model.device)
 
 # %% ../../nbs/lib/evals/70_asking.ipynb #b18a662e
 @torch.no_grad()

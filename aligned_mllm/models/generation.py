@@ -23,7 +23,7 @@ from transformers.generation import (
 )
 
 from ..core import InputError, is_hub_id
-from ..data.collate import Collator, model_inputs
+from ..data.collate import Collator, placed_inputs
 from ..data.encode import encode
 from ..data.record import IMAGE, IMAGE_ENDS, Record
 from .residual import visual_projector
@@ -120,10 +120,7 @@ class MixedGenerator:
             for record, images in conversations
         ]
         batch = Collator(self.processor.tokenizer.pad_token_id, "left")(samples)
-        inputs = model_inputs(batch)
-        model = self.model
-        kinds = {name: model.dtype if value.is_floating_point() else None for name, value in inputs.items()}
-        return {name: value.to(model.device, kinds[name]) for name, value in inputs.items()}
+        return placed_inputs(batch, self.model)
 
     @torch.no_grad()
     def __call__(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'LOGITS', 'OBJECTIVES', 'Term', 'combine', 'text_positions', 'before_visual_tokens', 'Tap', 'Target',
-           'rows_of_all_processes', 'Context', 'Objective', 'setting', 'register', 'objective_class', 'settings_of',
-           'labelled', 'settings_table']
+           'rows_of_all_processes', 'Context', 'Objective', 'setting', 'require_choices', 'register', 'objective_class',
+           'settings_of', 'labelled', 'settings_table']
 
 # %% ../../nbs/lib/objectives/00_base.ipynb #ae5003a1
 import dataclasses
@@ -281,6 +281,19 @@ def setting(
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+# %% ../../nbs/lib/objectives/00_base.ipynb #3c32c3ae
+def require_choices(
+    name: str,  # of the objective, as its settings are written
+    settings,  # its dataclass
+    known: dict[str, Iterable],  # field to the values that it may have
+) -> None:
+    "Raises InputError for a field with another value."
+    for field_name, values in known.items():
+        found = getattr(settings, field_name)
+        if found not in values:
+            fault = f"{name}.{field_name} {found!r}"
+            raise InputError(fault, f"one of {list(values)}", "correct the setting")
 
 # %% ../../nbs/lib/objectives/00_base.ipynb #9b45562a
 OBJECTIVES: dict[str, type[Objective]] = {}

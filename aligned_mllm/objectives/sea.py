@@ -19,7 +19,8 @@ from ..core import InputError
 from ..data.collate import Collator, Samples
 from ..models.taps import check_layers
 from ..models.word_vectors import context_vectors, input_vectors, word_tokens
-from .base import Context, Objective, Tap, Target, Term, register, setting
+from .base import Context, Objective, Tap, Target, Term
+from .base import register, require_choices, setting
 from .contrastive import chosen_pairs, symmetric_loss
 from ..teachers.cached_labels import CachedLabels, label_records
 from ..teachers.label_cache import LabelCache
@@ -73,10 +74,7 @@ class Sea:
             "vectors": ("input", "context"),
             "negatives": ("device", "all"),
         }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                fault = f"sea.{name} {getattr(self, name)!r}"
-                raise InputError(fault, f"one of {list(values)}", "correct the setting")
+        require_choices("sea", self, known)
         if self.weight and not self.labels:
             raise InputError(
                 "the objective sea without labels",

@@ -16,7 +16,8 @@ from ..core import InputError
 from ..models.heads import HEADS, PROJECTORS, alignment_projectors
 from ..models.taps import FINAL, check_layers
 from .alignment import KINDS, SCHEDULES, Comparison, Counting, scheduled_weight
-from .base import Context, Objective, Tap, Target, Term, register, setting
+from .base import Context, Objective, Tap, Target, Term
+from .base import register, require_choices, setting
 from ..teachers.cache import FeatureCache
 from ..teachers.targets import TARGETS, Pairing, Targets, mean_over_images, views_in
 from ..teachers.pixels import on_grid
@@ -69,11 +70,7 @@ class Viral:
             "schedule": SCHEDULES,
             "teacher_pixels": ("own", "student"),
         }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise InputError(
-                    f"viral.{name} {getattr(self, name)!r}", f"one of {list(values)}", "correct the setting"
-                )
+        require_choices("viral", self, known)
         if self.weight and not self.teacher:
             raise InputError(
                 "the objective viral without a teacher",

@@ -16,7 +16,8 @@ from ..core import InputError
 from ..models.image_tokens import VisionHead, tokens_of_pixels
 from ..models.taps import FINAL
 from ..models.trainable import unwrapped
-from .base import Context, Objective, Tap, Target, Term, register, setting
+from .base import Context, Objective, Tap, Target, Term
+from .base import register, require_choices, setting
 
 # %% ../../nbs/lib/objectives/50_vpit.ipynb #12223684
 def cosine_loss(
@@ -66,10 +67,7 @@ class Vpit:
     pictures: str = setting("answers", "'answers', as in the paper, or 'all': those of questions as well")
 
     def __post_init__(self):
-        for name, known in {"compare": COMPARED_BY, "pictures": PICTURES}.items():
-            if getattr(self, name) not in known:
-                found = f"vpit.{name} {getattr(self, name)!r}"
-                raise InputError(found, f"one of {list(known)}", "correct the setting")
+        require_choices("vpit", self, {"compare": COMPARED_BY, "pictures": PICTURES})
 
 # %% ../../nbs/lib/objectives/50_vpit.ipynb #3377548b
 @register

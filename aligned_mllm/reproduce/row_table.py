@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..evals.benchmark import Benchmark, benchmark_named, chosen_from, verdict_table
-from ..evals.benchmark_data import open_questions
+from ..evals.benchmark_data import limited, open_questions
 from ..evals.benchmark_scores import drawn_scores, interval_table, verdict_counts
-from ..reporting.score import limited, score
+from ..reporting.score import score
 from ..training.paper_scores import PaperColumn, PaperRow, Scoring
 
 # %% ../../nbs/lib/reproduce/10_row_table.ipynb #ed760b57
